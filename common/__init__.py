@@ -1,0 +1,1 @@
+"""What the scripts share: models, data, corruptions, attacks, and the run around them."""
