@@ -1,0 +1,310 @@
+"""Data sets as uint8 tensors on the device, and augmented batches that are a function of the step.
+
+    data = load("cifar10", data_dir="data", val_size=5000, device=device)
+    batches = Batches(data.train, batch_size=128, seed=0)
+    x, y = batches(step)        # float in [0,1] (B,3,S,S), int64 (B,)
+
+Images are never normalised here: the model's first layer does that, with data.mean and data.std.
+"""
+
+import argparse
+import shutil
+import tempfile
+import urllib.error
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import run, shapes
+from common.run import UserError
+
+NAMES = ("shapes", "cifar10", "cifar100", "svhn")
+# Per-channel mean and standard deviation of the training images in [0,1].
+STATS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+}
+SHAPES_SIZES = {"train": 10_000, "test": 2_000}
+
+
+class Images(NamedTuple):
+    """x uint8 (N,3,S,S), y int64 (N,)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def take(self, rows):
+        """The images and labels of an index or slice."""
+        return Images(self.x[rows], self.y[rows])
+
+
+@dataclass
+class DataSet:
+    name: str
+    train: Images
+    val: Images | None  # held out of train by `val_size`; else None
+    test: Images
+    classes: list = field(repr=False)
+    mean: tuple = (0.5, 0.5, 0.5)
+    std: tuple = (0.5, 0.5, 0.5)
+
+    @property
+    def image_size(self):
+        return self.test.x.shape[-1]
+
+    @property
+    def flip(self):
+        """Whether a mirrored image keeps its class; for `Batches`."""
+        return self.name != "svhn"
+
+    @property
+    def model_kwargs(self):
+        """What `models.build` wants to know of the data."""
+        keys = {"num_classes": len(self.classes), "image_size": self.image_size}
+        return keys | {"mean": self.mean, "std": self.std}
+
+
+def add_arguments(parser):
+    """Add the options of every data set, as the group "data"."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="shapes", choices=NAMES)
+    group.add_argument("--data-dir", default="data", help="where the files are, or go")
+    group.add_argument(
+        "--val-size", type=run.nonnegative(int), default=0, metavar="N",
+        help="hold out N training images, the same number of each class",
+    )  # fmt: skip
+    group.add_argument(
+        "--limit", type=run.nonnegative(int), default=0, metavar="N",
+        help="train on N images only, the same number of each class (0: all)",
+    )  # fmt: skip
+    group.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def load(name, data_dir="data", val_size=0, limit=0, seed=0, device="cpu"):
+    """Read a data set. Raises UserError where files are missing, truncated or of another shape.
+
+    val_size, limit: images of the stratified validation split and training subset (0: none, all);
+    `seed` chooses them. The validation split does not depend on `limit`.
+    """
+    if name == "shapes":
+        train = Images(*shapes.make(SHAPES_SIZES["train"], seed=0, split="train"))
+        test = Images(*shapes.make(SHAPES_SIZES["test"], seed=0, split="test"))
+        classes, stats = list(shapes.CLASSES), None
+    elif name == "svhn":
+        train, test, classes = read_svhn(Path(data_dir) / "svhn.npz")
+        stats = STATS[name]
+    elif name in STATS:
+        train, test, classes = read_cifar(name, Path(data_dir))
+        stats = STATS[name]
+    else:
+        raise UserError(f"--dataset {name}: unknown; there are {', '.join(NAMES)}")
+    mean, std = stats or channel_stats(train.x)
+    val = None
+    if val_size:
+        rest, held_out = stratified_split(train.y, val_size, seed, "--val-size")
+        train, val = train.take(rest), train.take(held_out)
+    if limit:
+        train = train.take(stratified_split(train.y, limit, seed, "--limit")[1])
+    parts = [p and Images(p.x.to(device), p.y.to(device)) for p in (train, val, test)]
+    return DataSet(name, *parts, classes, mean, std)
+
+
+def channel_stats(x):
+    """Mean and standard deviation per channel of uint8 images, as tuples in [0,1]."""
+    x = x.transpose(0, 1).flatten(1).double() / 255
+    return tuple(x.mean(1).tolist()), tuple(x.std(1).tolist())
+
+
+def stratified_split(y, size, seed, option):
+    """Indices (rest, chosen), both ascending: `chosen` has `size` rows, as evenly per class as
+    the counts allow. Raises UserError naming `option` when there are too few rows."""
+    if size >= len(y):
+        raise UserError(f"{option} {size}: there are only {len(y)} training images")
+    order = torch.randperm(len(y), generator=run.generator(seed, "split"))
+    # Rank of every row within its class, in random order; the lowest ranks are chosen.
+    by_class = order[y[order].argsort(stable=True)]
+    counts = torch.bincount(y)
+    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[by_class]]
+    chosen = by_class[rank.argsort(stable=True)[:size]].sort().values
+    rest = torch.ones(len(y), dtype=torch.bool)
+    rest[chosen] = False
+    return rest.nonzero().flatten(), chosen
+
+
+def read_cifar(name, data_dir):
+    """(train, test, classes) from torchvision's files, else <name>.npz, else by download."""
+    from torchvision import datasets
+
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    folder, npz = data_dir / cls.base_folder, data_dir / f"{name}.npz"
+    if not folder.is_dir():
+        if npz.is_file():
+            return read_npz(npz)
+        download(cls, name, data_dir)
+    try:
+        parts = [cls(str(data_dir), train=train) for train in (True, False)]
+    except RuntimeError:  # torchvision's word for a missing file or another MD5
+        raise UserError(
+            f"{folder}: a file is missing, truncated or altered (MD5); delete the folder and run "
+            "again to download it, or put an intact copy there"
+        ) from None
+    images = [Images(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
+                     torch.tensor(p.targets)) for p in parts]  # fmt: skip
+    return *images, parts[0].classes
+
+
+def read_svhn(path):
+    """(train, test, classes) of the 32x32 digits, 73,257 + 26,032 ("extra" is not used)."""
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing; SVHN is read from an .npz (x_train, x_test uint8 (N,32,32,3), "
+            "y_train, y_test 0 to 9), for reading its .mat files takes scipy: convert them once"
+        )
+    return read_npz(path)
+
+
+def read_npz(path):
+    """Arrays x_train, x_test uint8 (N,S,S,3), y_train, y_test integer (N,), optional classes."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # zipfile, zlib, ValueError: all mean the same to the user
+        raise UserError(f"{path}: truncated or not an .npz of plain arrays ({error})") from None
+    parts = []
+    for split in ("train", "test"):
+        try:
+            x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        except KeyError as error:
+            raise UserError(f"{path}: has no array {error}, only {', '.join(arrays)}") from None
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or x.shape[1] != x.shape[2]:
+            raise UserError(f"{path}: x_{split} must be uint8 (N,S,S,3), is {x.dtype} {x.shape}")
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or len(y) == 0:
+            raise UserError(
+                f"{path}: y_{split} must be integers ({len(x)},), is {y.dtype} {y.shape}"
+            )
+        x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+        parts.append(Images(x, torch.from_numpy(y.astype(np.int64))))
+    count = int(max(p.y.max() for p in parts)) + 1
+    if min(p.y.min() for p in parts) < 0:
+        raise UserError(f"{path}: negative labels")
+    classes = [str(c) for c in arrays.get("classes", range(count))]
+    if len(classes) < count:
+        raise UserError(f"{path}: {len(classes)} class names for labels up to {count - 1}")
+    return *parts, classes
+
+
+def corrupted_dir(name, data_dir="data"):
+    """The folder of the released CIFAR-10-C or CIFAR-100-C arrays, or None where there is none."""
+    folder = Path(data_dir) / {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(name, "-")
+    return folder if (folder / "labels.npy").is_file() else None
+
+
+def read_array(path, dtype, shape):
+    """A memory-mapped .npy file of this dtype kind and shape; None in `shape` is any size."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; complete the folder, or use --generate") from None
+    except Exception as error:  # EOFError, ValueError: what mmap and header parsing raise
+        raise UserError(f"{path}: truncated or not a .npy array ({error})") from None
+    fits = len(array.shape) == len(shape) and all(
+        want in (None, have) for have, want in zip(array.shape, shape, strict=True)
+    )
+    if array.dtype.kind not in dtype or not fits:
+        raise UserError(f"{path}: is {array.dtype} {array.shape}, expected {shape}")
+    return array
+
+
+def corrupted_labels(folder):
+    """Labels int64 (N,) of the N test images; labels.npy repeats them for the five severities."""
+    y = read_array(Path(folder) / "labels.npy", "iu", (None,))
+    blocks = y.reshape(5, -1) if len(y) % 5 == 0 and len(y) else None
+    if blocks is None or not (blocks == blocks[0]).all():
+        raise UserError(f"{folder}/labels.npy: not five equal blocks of labels")
+    return torch.from_numpy(blocks[0].astype(np.int64))
+
+
+def read_corrupted(folder, corruption, severity, rows):
+    """Images uint8 (len(rows),3,S,S) of one file of the official layout: (5N,S,S,3) uint8, rows
+    (severity-1)N to severity N are that severity, in the order of the test set."""
+    count = len(corrupted_labels(folder))
+    array = read_array(Path(folder) / f"{corruption}.npy", "u", (5 * count, None, None, 3))
+    block = array[(severity - 1) * count : severity * count]
+    return torch.from_numpy(block[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+
+
+def download(cls, name, data_dir):
+    """Let torchvision fetch and check the archive in a temporary folder; the data set's folder
+    appears under `data_dir` only when it is whole."""
+    print(f"{name} is not in {data_dir}: downloading it")
+    temporary = None
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=data_dir))
+        cls(str(temporary), train=True, download=True)
+        (temporary / cls.base_folder).rename(data_dir / cls.base_folder)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(
+            f"{name}: no {data_dir / cls.base_folder} and no {data_dir / (name + '.npz')}, and the "
+            f"download failed ({reason}); put either there, or use --dataset shapes (no files)"
+        ) from None
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Shuffled batches for training; `batches(step)` depends on (seed, step) alone.
+
+    images: Images on the device; the rows of an epoch's order that fill no batch are left out.
+    augment: random crop after zero padding by an eighth of the side (4 pixels at 32, as He et al.
+    2016) and, with `flip`, horizontal flip. The draws of an epoch come from a CPU generator, so
+    they are the same on every device, and go to the device in one transfer.
+    """
+
+    def __init__(self, images, batch_size, seed, augment=True, flip=True):
+        if batch_size > len(images.y):
+            raise UserError(f"--batch-size {batch_size}: there are only {len(images.y)} images")
+        self.images, self.batch_size, self.seed, self.augment = images, batch_size, seed, augment
+        self.per_epoch = len(images.y) // batch_size
+        self.pad, self.mirror = images.x.shape[-1] // 8, flip
+        self.epoch = None
+
+    def _draw(self, epoch):
+        rng = run.generator(self.seed, "epoch", epoch)
+        n, device = len(self.images.y), self.images.x.device
+        self.order = torch.randperm(n, generator=rng).to(device)
+        self.shift = torch.randint(2 * self.pad + 1, (2, n), generator=rng).to(device)
+        self.flip = (torch.rand(n, generator=rng) < 0.5 * self.mirror).to(device)
+        self.epoch = epoch
+
+    def __call__(self, step):
+        """(x, y): float in [0,1] (B,3,S,S) channels_last, int64 (B,)."""
+        epoch, i = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self._draw(epoch)
+        rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        x, y = self.images.take(self.order[rows])
+        if self.augment:
+            x = crop_flip(x, *self.shift[:, rows], self.flip[rows], self.pad)
+        return run.to_float(x), y
+
+
+def crop_flip(x, dy, dx, flip, pad):
+    """Shift x (N,C,S,S) by (dy, dx) in 0..2*pad after zero padding; mirror the rows of `flip`."""
+    size = x.shape[-1]
+    windows = F.pad(x, (pad,) * 4).unfold(2, size, 1).unfold(3, size, 1)
+    x = windows[torch.arange(len(x), device=x.device), :, dy, dx]
+    return torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)

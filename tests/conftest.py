@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests: a small thread count, the folder with real data, real CIFAR-10."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder beside the checkout: golden files, sample trees, third-party checkpoints."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (golden files, real data, third-party checkpoints)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(shared, tmp_path_factory):
+    """A data directory with all of the real CIFAR-10."""
+    folder = tmp_path_factory.mktemp("data")
+    command = [sys.executable, str(shared / "data" / "prepare.py"), "cifar10", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"CIFAR-10 could not be prepared: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_everywhere():
+    """The same global seed for every test, and full use of the cores left to the test itself."""
+    torch.manual_seed(0)

@@ -1,0 +1,198 @@
+"""Seeds, precision, metrics, checkpoints and the run directory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import models, run
+from common.run import UserError
+
+
+class Args:
+    out, overwrite, resume, seed, dataset, arch = None, False, None, 0, "shapes", "resnet8"
+
+    def __init__(self, **options):
+        self.__dict__.update({k: getattr(Args, k) for k in vars(Args) if k[0] != "_"} | options)
+
+
+# --- randomness, metrics --------------------------------------------------------------------------
+
+
+def test_generator_depends_on_the_key_alone():
+    draw = [torch.rand(3, generator=run.generator(0, "epoch", e)) for e in (0, 1, 0)]
+    assert torch.equal(draw[0], draw[2]) and not torch.equal(draw[0], draw[1])
+    code = "from common import run; print(run.seed_key(0, 'epoch', 1))"
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, text=True, capture_output=True,
+                       env=os.environ | {"PYTHONHASHSEED": seed}).stdout
+        for seed in "12"
+    }  # fmt: skip
+    assert outputs == {f"{run.seed_key(0, 'epoch', 1)}\n"}
+
+
+def test_metrics_by_hand():
+    """Two of four wrong; confidences 0.9 (right, wrong), 0.6 (right, wrong): ECE by its sum."""
+    p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    result = run.metrics(p.log(), torch.tensor([0, 1, 1, 0]))
+    assert result["error"] == 50
+    assert result["ece"] == pytest.approx(100 * (2 * 0.4 + 2 * 0.1) / 4, abs=1e-4)
+    want = -(p[0, 0].log() + p[1, 1].log() + p[2, 1].log() + p[3, 0].log()) / 4
+    assert result["loss"] == pytest.approx(want.item())
+
+
+def test_evaluate_restores_modes_and_ignores_batch_size():
+    model = models.build("allconv").train()
+    model.body[1].eval()  # a submodule somebody froze
+    modes = [m.training for m in model.modules()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, y = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8), torch.arange(7)
+    a = run.evaluate(model, x, y, batch_size=7)
+    b = run.evaluate(model, x.float() / 255, y, batch_size=3)
+    assert a["error"] == b["error"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_bf16_changes_little():
+    model = models.build("resnet8").eval()
+    x = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    exact, rounded = (run.predict(model, x, run.Precision(p)) for p in ("fp32", "bf16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_unknown_device():
+    with pytest.raises(UserError, match="--device cuda:99"):
+        run.get_device("cuda:99")
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def saved(tmp_path):
+    model = models.build("resnet8")
+    run.save_checkpoint(tmp_path / "a.pt", model.spec | {"model": model.state_dict()})
+    return model, tmp_path / "a.pt"
+
+
+def test_checkpoint_loads_in_a_fresh_process(tmp_path):
+    model, path = saved(tmp_path)
+    x = torch.rand(2, 3, 32, 32)
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch; from common import models, run\n"
+        "m = models.from_checkpoint(run.load_checkpoint(sys.argv[1]))\n"
+        "torch.save(m(torch.load(sys.argv[2])), sys.argv[3])"
+    )
+    files = [path, tmp_path / "x.pt", tmp_path / "z.pt"]
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], cwd=run.ROOT, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "z.pt"), model.eval()(x))
+
+
+def test_pickle_is_refused_not_executed(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "created"), "w"))
+
+    torch.save({"format": 1, "arch": "resnet8", "model": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="refused") as caught:
+        run.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "created").exists() and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_truncated_checkpoint(tmp_path, keep):
+    path = saved(tmp_path)[1]
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UserError, match="truncated"):
+        run.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"state_dict": {}}, "not a checkpoint of this project"),
+        ([1, 2], "not a checkpoint of this project"),
+        ({"format": 99, "arch": "resnet8", "model": {}}, "newer version"),
+    ],
+)
+def test_foreign_or_newer_checkpoint(tmp_path, content, text):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=text):
+        run.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        run.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = saved(tmp_path)[1]
+    before = path.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        run.save_checkpoint(path, {"x": 1})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+# --- run directory --------------------------------------------------------------------------------
+
+
+def test_run_directory(tmp_path):
+    """One event file with scalars, the options and HPARAMS; args.json; log.jsonl; the source."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = Args(out=str(tmp_path / "r"))
+    record = run.Run(args, __file__, ["error/final"])
+    record.scalars(1, {"loss": 2.5})
+    record.record(step=1, loss=2.5)
+    record.close({"error/final": 10.0})
+    assert len(list((tmp_path / "r").rglob("events.out*"))) == 1
+    events = EventAccumulator(str(tmp_path / "r")).Reload()
+    assert events.Scalars("loss")[0].value == 2.5
+    assert events.Scalars("error/final")[-1].value == 10.0
+    plugins = events.summary_metadata
+    assert "arguments/text_summary" in plugins
+    assert any("hparams" in tag for tag in plugins)
+    lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [line.get("event") for line in lines] == ["start", None, "end"]
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["dataset"] == "shapes"
+    assert (tmp_path / "r" / "test_run.py").read_text() == open(__file__).read()
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    args = Args(out=str(tmp_path))
+    run.Run(args, __file__).close({})
+    before = (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(UserError, match="holds a run already"):
+        run.Run(args, __file__)
+    assert (tmp_path / "log.jsonl").read_text() == before
+    run.Run(Args(out=str(tmp_path), overwrite=True), __file__).close({})
+    assert len(list(tmp_path.glob("events.out*"))) == 1
+
+
+def test_unwritable_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the run directory"):
+        run.Run(Args(out=str(tmp_path / "file" / "r")), __file__)
+
+
+def test_check_finite():
+    run.check_finite(1.0, 5, 0.1, 2.0)
+    with pytest.raises(UserError, match=r"loss nan at step 5 \(lr 0.1, gradient norm 2"):
+        run.check_finite(float("nan"), 5, 0.1, 2.0)
+
+
+def test_table():
+    text = run.table([["a", 1.0, "x"], ["bb", 22.25, "yy"]], ["name", "v", "w"])
+    assert text.split("\n")[2:] == ["a      1.00   x", "bb    22.25  yy"]
