@@ -1,0 +1,289 @@
+"""How fast the parts are that a run spends its time in.
+
+    python eval/speed.py corruptions                # milliseconds per image, beside the originals'
+    python eval/speed.py corruptions --device cuda --sizes 32,224 --json speed.json
+    python eval/speed.py attacks --threads 2        # PGD per batch, beside other libraries'
+
+Times are process (CPU) times with --threads threads, medians over --repeat runs; on a GPU wall
+times between synchronisations.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import attacks, corruptions, models, run, shapes
+
+# Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
+# an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
+# ImageNet images: Python 3.11, NumPy 1.26, SciPy 1.11, scikit-image 0.20, OpenCV 4.8.1, Pillow
+# 10.4, ImageMagick 6.9. The sums over the 15 were 20.4 and 1020 ms in an earlier measurement.
+ORIGINAL = {
+    "gaussian_noise": (0.058, 4.308),
+    "shot_noise": (0.166, 9.532),
+    "impulse_noise": (0.11, 7.723),
+    "defocus_blur": (0.109, 3.76),
+    "glass_blur": (6.892, 497.535),
+    "motion_blur": (1.078, 55.57),
+    "zoom_blur": (1.846, 54.793),
+    "snow": (1.373, 28.56),
+    "frost": (5.583, 4.924),
+    "fog": (0.297, 3.516),
+    "brightness": (0.332, 15.363),
+    "contrast": (0.044, 1.393),
+    "elastic_transform": (0.369, 21.559),
+    "pixelate": (0.021, 0.371),
+    "jpeg_compression": (0.062, 0.308),
+    "speckle_noise": (0.061, 2.559),
+    "gaussian_blur": (0.061, 2.833),
+    "spatter": (0.162, 3.706),
+    "saturate": (0.318, 14.654),
+}
+
+
+class Part(argparse.ArgumentParser):
+    """A subcommand: like run.Parser, a wrong option is one line."""
+
+    error = run.Parser.error
+
+
+def parse_args(argv=None):
+    parser = run.Parser(__file__, __doc__)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="PART", parser_class=Part
+    )
+    part = commands.add_parser(
+        "corruptions", help="each corruption per image, and as an augmentation in training",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    part.set_defaults(function=time_corruptions)
+    part.add_argument("--sizes", type=sizes, default=[32, 224], metavar="32,64,224")
+    part.add_argument("--images", type=run.positive(int), help="default: 256, 64, 8 by size")
+    part.add_argument("--severities", type=severities, default=[1, 2, 3, 4, 5], metavar="1,3")
+    part.add_argument("--arch", default="resnet20", help="network of the training step")
+    part.add_argument("--frost-dir", help="folder of the official frost textures")
+    part.add_argument("--data-dir", default="data")
+    part = commands.add_parser(
+        "attacks", help="PGD on a batch, beside torchattacks and foolbox where installed",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    part.set_defaults(function=time_attacks)
+    part.add_argument("--arch", default="resnet18")
+    part.add_argument("--norm", default="bn")
+    part.add_argument("--batch-size", type=run.positive(int), default=64)
+    part.add_argument("--steps", type=run.positive(int), default=10)
+    for command in commands.choices.values():
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--threads", type=run.positive(int), default=1)
+        command.add_argument("--repeat", type=run.positive(int), default=3)
+        command.add_argument("--json", help="write the figures to this file, too")
+    return parser.parse_args(argv)
+
+
+def sizes(text):
+    chosen = [int(v) if v.isdigit() else v for v in text.split(",")]
+    for size in chosen:
+        if size not in corruptions.SIZES:
+            raise argparse.ArgumentTypeError(f"{size} is not one of 32, 64, 224")
+    return chosen
+
+
+def severities(text):
+    if not set(text.split(",")) <= set("12345"):
+        raise argparse.ArgumentTypeError(f"{text}: severities are 1 to 5, as 1,3,5")
+    return sorted({int(s) for s in text.split(",")})
+
+
+def milliseconds(functions, device, repeat):
+    """Median time of each of {name: function}, called in turn `repeat` times after one round that
+    is not counted (tables, memory)."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times = {name: [] for name in functions}
+    for turn in range(repeat + 1):
+        for name, function in functions.items():
+            wait()
+            begin = clock()
+            function()
+            wait()
+            if turn:
+                times[name].append(1000 * (clock() - begin))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# --- corruptions ----------------------------------------------------------------------------------
+
+
+def time_corruptions(args, device):
+    """Milliseconds per image of each corruption, and what one adds to a training step."""
+    _, texture = corruptions.frost_textures(args.frost_dir, args.data_dir)
+    options = {"frost_dir": args.frost_dir, "data_dir": args.data_dir}
+    output = {"frost": texture, "sizes": {}, "augmentation": {}}
+    for size in args.sizes:
+        count = args.images or {32: 256, 64: 64, 224: 8}[size]
+        x, _ = shapes.make(count, device=device)
+        if size != 32:
+            x = F.interpolate(x.float(), (size, size), mode="bilinear").to(torch.uint8)
+        every = [*corruptions.NAMES, *corruptions.EXTRA]
+        calls = {
+            (name, s): functools.partial(corruptions.corrupt, x, name, s, **options)
+            for name in every
+            for s in args.severities
+        }
+        times = milliseconds(calls, device, args.repeat)
+        rows = {
+            name: sum(times[name, s] for s in args.severities) / len(args.severities) / count
+            for name in every
+        }
+        rows["sum of the 15"] = sum(rows[name] for name in corruptions.NAMES)
+        output["sizes"][size] = rows
+        print(
+            f"\n{size} pixels, {count} images, severities {args.severities}, frost: {texture}; "
+            "milliseconds per image"
+        )
+        print(table(size, rows))
+    if 32 in args.sizes:
+        output["augmentation"] = time_augmentation(args, device)
+    return output
+
+
+def table(size, rows):
+    """Ours, the original's and the ratio where the original was measured."""
+    original = {name: ms[size != 32] for name, ms in ORIGINAL.items()}
+    original["sum of the 15"] = sum(original.get(name, 0) for name in corruptions.NAMES)
+    if size == 64:
+        return run.table(rows.items(), ("corruption", "ms"), ".3f")
+    lines = [
+        [name, f"{ms:.3f}", f"{original[name]:.3f}", f"{original[name] / ms:.1f}"]
+        for name, ms in rows.items()
+    ]
+    return run.table(lines, ("corruption", "ms", "original", "ratio"))
+
+
+def time_augmentation(args, device, batch_size=128):
+    """Milliseconds per image of a training step on clean and on corrupted 32-pixel images."""
+    x, y = shapes.make(batch_size, device=device)
+    model = models.build(args.arch, "bn", 10).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step(name=None):
+        images = corruptions.corrupt(x, name, 3) if name else x
+        optimizer.zero_grad()
+        F.cross_entropy(model(run.to_float(images)), y).backward()
+        optimizer.step()
+
+    cheap = ("gaussian_noise", "impulse_noise", "gaussian_blur", "brightness", "contrast", "fog")
+    steps = {name or "clean": functools.partial(step, name) for name in (None, *cheap)}
+    rows = {name: ms / batch_size for name, ms in milliseconds(steps, device, args.repeat).items()}
+    print(f"\ntraining step of {args.arch}, batch {batch_size}, severity 3; milliseconds per image")
+    lines = [[name, f"{ms:.3f}", f"{ms / rows['clean']:.2f}"] for name, ms in rows.items()]
+    print(run.table(lines, ("images", "ms", "of clean")))
+    return rows
+
+
+# --- attacks --------------------------------------------------------------------------------------
+
+
+def pgd_written_out(model, x, y, eps, alpha, steps, precision):
+    """PGD as in most training scripts, here without parameter gradients and in mixed precision."""
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    adv = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(steps):
+        adv.requires_grad_(True)
+        with precision.autocast():
+            logits = model(adv)
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits.float(), y, reduction="sum"), adv)
+        adv = (adv.detach() + alpha * grad.sign()).clamp(low, high)
+    return adv
+
+
+def time_attacks(args, device):
+    """Milliseconds of one attack on one batch: eps 8/255, an untrained network in eval mode. Every
+    library gets the same network and images; torchattacks and foolbox know fp32 only."""
+    x, y = shapes.make(args.batch_size, device=device)
+    x = x.float().div_(255)
+    model = models.build(args.arch, args.norm, 10).to(device).eval()
+    fast = copy.deepcopy(model).to(memory_format=torch.channels_last).requires_grad_(False)
+    fast_x = x.contiguous(memory_format=torch.channels_last)
+    fp32, low = run.Precision("fp32", device), run.Precision("auto", device)
+    eps, alpha = 8 / 255, attacks.default_alpha(8, args.steps) / 255
+    ours = functools.partial(attacks.pgd, model, x, y, 8, steps=args.steps)
+    written = functools.partial(pgd_written_out, fast, fast_x, y, eps, alpha, args.steps)
+    calls = {f"pgd {low.name}": functools.partial(ours, precision=low), "pgd fp32": ours}
+    if device.type == "cuda":
+        name = f"pgd {low.name}, captured"
+        calls = {name: functools.partial(ours, precision=low, capture=True), **calls}
+    calls[f"written out {low.name}"] = functools.partial(written, low)
+    calls["written out fp32"] = functools.partial(written, fp32)
+    calls |= other_libraries(model, x, y, eps, alpha, args.steps)
+    times = milliseconds(calls, device, args.repeat)
+    best = next(iter(times.values()))
+    network = f"{args.arch} with {args.norm}"
+    print(f"\nPGD-{args.steps}, {network}, batch {args.batch_size}; milliseconds per batch")
+    lines = [[name, f"{ms:.1f}", f"{ms / best:.2f}"] for name, ms in times.items()]
+    print(run.table(lines, ("attack", "ms", "of the first")))
+    return times
+
+
+def other_libraries(model, x, y, eps, alpha, steps):
+    """{name: call} of the libraries that are installed, once as the network comes (NCHW) and once
+    in channels_last, which suits a CPU better."""
+    calls = {}
+    for layout, suffix in ((torch.contiguous_format, ""), (torch.channels_last, " channels_last")):
+        net = copy.deepcopy(model).to(memory_format=layout)
+        images = x.contiguous(memory_format=layout)
+        try:
+            import torchattacks
+
+            theirs = torchattacks.PGD(net, eps=eps, alpha=alpha, steps=steps)
+            calls["torchattacks" + suffix] = functools.partial(theirs, images, y)
+        except ImportError:
+            print("torchattacks is not installed: left out")
+        try:
+            import foolbox
+
+            wrapped = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
+            theirs = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=steps)
+            calls["foolbox" + suffix] = functools.partial(theirs, wrapped, images, y, epsilons=eps)
+        except ImportError:
+            print("foolbox is not installed: left out")
+    return calls
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def main(args):
+    device = run.get_device(args.device)
+    torch.set_num_threads(args.threads)
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{what}, {args.threads} threads, torch {torch.__version__}")
+    output = {
+        "command": "python eval/speed.py " + " ".join(sys.argv[1:]),
+        "versions": run.versions(), "device": what, "threads": args.threads,
+        args.command: args.function(args, device),
+    }  # fmt: skip
+    if args.json:
+        try:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(json.dumps(output, indent=1) + "\n")
+        except OSError as error:
+            raise run.UserError(f"cannot write {args.json}: {error.strerror}") from None
+    return output
+
+
+if __name__ == "__main__":
+    run.cli(main, parse_args)
