@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import stochastic_depth
 
 from common.run import UserError
 
@@ -112,8 +113,24 @@ def conv_shortcut(layers, c_in, c_out, stride):
     return nn.Sequential(layers.conv(c_in, c_out, 1, stride), layers.norm(c_out))
 
 
+def drop_path(branch, block):
+    """Stochastic depth (Huang et al. 2016): in training the branch (N,C,H,W) of each image is left
+    out with probability `block.drop_path`, and the others grow to keep the mean."""
+    return stochastic_depth(branch, block.drop_path, "row", block.training)
+
+
+def set_drop_path(model, rate):
+    """Let the branches drop out in training, the first never, the last with probability `rate`,
+    linear in between. UserError for a network whose blocks cannot."""
+    blocks = [m for m in model.modules() if hasattr(m, "drop_path")]
+    if rate and not blocks:
+        raise UserError(f"--drop-path: {model.spec['arch']} has no blocks that can be dropped")
+    for i, block in enumerate(blocks):
+        block.drop_path = rate * i / max(len(blocks) - 1, 1)
+
+
 class BasicBlock(nn.Module):
-    expansion = 1
+    expansion, drop_path = 1, 0.0
 
     def __init__(self, layers, c_in, width, stride, option):
         super().__init__()
@@ -130,14 +147,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = drop_path(self.bn2(self.conv2(out)), self)
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 (carries the stride, "v1.5"; `groups` > 1 is ResNeXt), 1x1."""
 
-    expansion = 4
+    expansion, drop_path = 4, 0.0
 
     def __init__(self, layers, c_in, width, stride, option="B", inner=None, groups=1):
         super().__init__()
@@ -157,7 +174,7 @@ class Bottleneck(nn.Module):
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out = drop_path(self.bn3(self.conv3(out)), self)
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -198,6 +215,8 @@ class ResNet(Net):
 class WideBlock(nn.Module):
     """Pre-activation; where the width changes, the shortcut shares the first activation."""
 
+    drop_path = 0.0
+
     def __init__(self, layers, c_in, width, stride):
         super().__init__()
         self.bn1 = layers.norm(c_in)
@@ -210,7 +229,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x):
         active = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        out = drop_path(self.conv2(F.relu(self.bn2(self.conv1(active)))), self)
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
@@ -733,7 +752,7 @@ class NormFreeBlock(nn.Module):
     """x + alpha f(beta relu(x)), f of convolutions 3x3, 3x3 or 1x1, 3x3, 1x1, zero at the start.
     beta is 1 over the standard deviation that x has at the start; a shortcut begins after it."""
 
-    alpha = 0.2
+    alpha, drop_path = 0.2, 0.0
 
     def __init__(self, c_in, c_out, stride, bottleneck, beta):
         super().__init__()
@@ -755,7 +774,8 @@ class NormFreeBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(out)
         for name in self.branch[:-1]:
             out = F.relu(getattr(self, name)(out))
-        return shortcut + getattr(self, self.branch[-1])(out) * self.alpha
+        out = drop_path(getattr(self, self.branch[-1])(out), self)
+        return shortcut + out * self.alpha
 
 
 class NormFreeNet(Net):

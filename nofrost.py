@@ -1,0 +1,470 @@
+"""NoFrost: adversarial training without normalisers.
+
+Paper: Wang et al., "Removing Batch Normalization Boosts Adversarial Training", ICML 2022, arXiv
+2207.01156. Clean and adversarial images have different statistics; BatchNorm must serve both with
+one set, and adversarial training pays for that in clean accuracy. NoFrost takes the normalisers
+out of the network (--norm nf: an NF-ResNet) and trains on
+
+    L = (1 - lam) CE(f(x), y) + lam CE(f(x_adv), y),
+
+x_adv by PGD on the cross-entropy with the network in eval mode, CE with label smoothing. NoFrost*
+(--streams clean,deepaug,tda,adv) adds streams of augmented images and takes the mean of the
+streams' losses.
+
+From the authors' code: the loss, lam 0.5, smoothing 0.1, eps 8/255, 10 steps of min(1.25 eps,
+eps + 4)/10, and the whole recipe of --dataset imagenet (90 epochs, batch 256, rate 0.1 per 256
+images, cosine by epochs, Nesterov, weight decay 5e-5 on everything, dropout 0.25, stochastic depth
+0.1, no warm-up, no clipping). Ours, for the paper has no small images: the recipe of the other
+data sets (RECIPES; warm-up, gradients clipped at norm 1, weight decay 5e-4, rate per step) and
+NF networks for them (--arch wrnD-K, resnetN with --norm nf).
+
+    python nofrost.py                                    # embedded shapes data, minutes on a CPU
+    python nofrost.py --dataset cifar10 --arch wrn28-10  # the full job on a GPU
+    python nofrost.py --dataset cifar10 --norm bn        # adversarial training with BatchNorm
+    python nofrost.py --dataset cifar10 --norm dual-bn   # statistics for clean and adversarial
+    python nofrost.py --dataset cifar10 --lam 0          # normal training
+    python nofrost.py --dataset cifar10 --loss trades
+
+The robust accuracy of the paper (22 to 24 %, ResNet-50) is PGD-20's. Under stronger attacks the
+official network keeps 5.3 % (APGD-CE, 100 steps) and 1.3 % (AutoAttack); see the README.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import attacks, data, models, run
+
+# --- options ------------------------------------------------------------------------------------
+
+RECIPES = {  # per data set, where it is not told otherwise; "small" is for all that is not named
+    "shapes": {"arch": "wrn10-1", "epochs": 8, "attack_steps": 5},
+    "imagenet": {
+        "arch": "nf_resnet50", "epochs": 90, "batch_size": 256, "lr": 0.1, "warmup": 0.0,
+        "schedule": "epoch", "weight_decay": 5e-5, "clip": 0.0, "dropout": 0.25, "drop_path": 0.1,
+    },
+    "small": {
+        "arch": "wrn28-10", "epochs": 60, "batch_size": 128, "lr": 0.1, "warmup": 1.0,
+        "schedule": "step", "weight_decay": 5e-4, "clip": 1.0, "dropout": 0.0, "drop_path": 0.0,
+        "attack_steps": 10,
+    },
+}  # fmt: skip
+STREAMS = ("clean", "deepaug", "tda", "adv")
+SEPARATE = ("bn", "dual-bn")  # normalisers for which clean and adversarial images go separately
+
+
+def parse_args(argv=None):
+    parser = run.Parser(__file__, __doc__)
+    data.add_arguments(parser)
+    group = parser.add_argument_group("model and optimisation (default: by data set, see RECIPES)")
+    group.add_argument("--arch", help="wrn10-1 for shapes, nf_resnet50 for imagenet, else wrn28-10")
+    group.add_argument("--norm", default="nf", help="nf, none, gn, in, ln, bn, dual-bn")
+    group.add_argument("--epochs", type=run.positive(int))
+    group.add_argument("--batch-size", type=run.positive(int))
+    group.add_argument("--lr", type=run.positive(float), help="peak rate; per 256 images: imagenet")
+    group.add_argument("--schedule", choices=["step", "epoch"], help="of the cosine to 0")
+    group.add_argument("--warmup", type=run.nonnegative(float), help="epochs")
+    group.add_argument("--momentum", type=run.nonnegative(float), default=0.9)
+    group.add_argument("--weight-decay", type=run.nonnegative(float))
+    group.add_argument("--clip", type=run.nonnegative(float), help="norm; 0: none")
+    group.add_argument("--agc", type=run.nonnegative(float), default=0.0, help="adaptive; 0: none")
+    group.add_argument("--dropout", type=run.fraction, help="before the last layer")
+    group.add_argument("--drop-path", type=run.fraction, help="stochastic depth, last block")
+    group = parser.add_argument_group("method")
+    group.add_argument("--lam", type=float, default=0.5, help="weight of adv: 0 to 1")
+    group.add_argument("--loss", default="mixture", choices=["mixture", "trades"])
+    group.add_argument("--beta", type=run.nonnegative(float), default=6.0, help="of trades")
+    group.add_argument("--label-smoothing", type=run.fraction, help="default: 0.1; trades: 0")
+    group.add_argument("--streams", type=run.listed(str), default=["clean", "adv"])
+    group.add_argument("--deepaug-dir", help="class folders of DeepAugment images, for deepaug")
+    group = parser.add_argument_group("attack")
+    group.add_argument("--eps", type=run.positive(float), default=8.0, help="radius, of 255")
+    group.add_argument("--alpha", type=run.positive(float), help="default: see pgd")
+    group.add_argument("--attack-steps", type=run.positive(int), help="default: 10; shapes: 5")
+    group.add_argument("--attack-norm", default="linf", choices=["linf", "l2"])
+    group.add_argument("--attack-mode", default="eval", choices=["eval", "train"])
+    group.add_argument(
+        "--capture", action=argparse.BooleanOptionalAction, default=False,
+        help="on a GPU, run each attack step as one CUDA graph",
+    )  # fmt: skip
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval-every", type=run.positive(int), default=5, help="epochs")
+    group.add_argument("--probe-images", type=run.positive(int), default=200, metavar="N")
+    group.add_argument(
+        "--robust-images", type=run.nonnegative(int), default=500, metavar="N",
+        help="test images attacked for the table at the end; 0: leave it out",
+    )  # fmt: skip
+    run.add_arguments(parser)
+    args = run.parse(parser, argv)
+    for key, value in (RECIPES["small"] | RECIPES.get(args.dataset, {})).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.label_smoothing is None:
+        args.label_smoothing = 0.0 if args.loss == "trades" else 0.1
+    check_options(args)
+    return args
+
+
+def check_options(args):
+    """Raise UserError for options that do not go together."""
+    if not 0 <= args.lam <= 1:
+        raise run.UserError(f"--lam {args.lam:g}: must be from 0 (clean only) to 1 (adversarial)")
+    unknown = set(args.streams) - set(STREAMS)
+    if unknown or "clean" not in args.streams or len(set(args.streams)) < len(args.streams):
+        raise run.UserError(
+            f"--streams {','.join(args.streams)}: clean, and any of {', '.join(STREAMS[1:])}, once"
+        )
+    if args.loss == "trades" and args.streams != ["clean", "adv"]:
+        raise run.UserError("--loss trades: has its own two terms, so no --streams")
+    if args.loss == "trades" and args.norm == "dual-bn":
+        raise run.UserError("--loss trades: compares two outputs of one network, so no dual-bn")
+    if "deepaug" in args.streams and not args.deepaug_dir:
+        raise run.UserError(
+            "--streams deepaug: its images cannot be shipped; give --deepaug-dir, a folder with "
+            "one folder of images per class (made by the DeepAugment code of imagenet-r)"
+        )
+
+
+# --- method -------------------------------------------------------------------------------------
+
+
+def perturb(model, x, y, args, precision, step):
+    """(x_adv, {zero_grad, loss}): PGD on images x (N,3,H,W) whose start is a function of the step.
+
+    TRADES (Zhang et al. 2019) instead climbs KL(f(x) || f(x_adv)) from x + 0.001 N(0,1).
+    """
+    rng, loss = run.generator(args.seed, "attack", step, device=x.device), "ce"
+    if args.loss == "trades":
+        with attacks.frozen(model, args.attack_mode) as net, precision.autocast():
+            y, loss = F.log_softmax(net(x).float(), 1), divergence
+        noise = torch.randn(x.shape, generator=rng, device=x.device)
+        noise = (noise * (0.001 * 255 / args.eps)).clamp_(-1, 1)
+    else:
+        noise = attacks.unit_noise(x.shape, args.attack_norm, rng)
+    return attacks.pgd(
+        model, x, y, args.eps, args.alpha, args.attack_steps, args.attack_norm, loss, noise=noise,
+        precision=precision, mode=args.attack_mode, capture=args.capture, check=False,
+        return_stats=True,
+    )  # fmt: skip
+
+
+def divergence(logits, clean, target=None):
+    """KL(clean || adversarial) per image (N,), of log-probabilities `clean` and logits (N,K)."""
+    return F.kl_div(F.log_softmax(logits, 1), clean, reduction="none", log_target=True).sum(1)
+
+
+def forward(model, streams, args, precision):
+    """Logits {stream: (N,K)} of images {stream: (N,3,H,W)}. With BatchNorm each stream goes
+    through by itself, for the statistics are those of a batch; else all together."""
+    with precision.autocast():
+        if args.norm not in SEPARATE:
+            logits = model(torch.cat(list(streams.values())), dropout=args.dropout)
+            return dict(zip(streams, logits.split([len(x) for x in streams.values()]), strict=True))
+        logits = {}
+        for name, x in streams.items():
+            models.use_statistics(model, "adversarial" if name == "adv" else "clean")
+            logits[name] = model(x, dropout=args.dropout)
+        models.use_statistics(model, "adversarial")
+        return logits
+
+
+def objective(logits, labels, args):
+    """(loss, {stream: its loss}) of logits {stream: (N,K)} and labels {stream: (N,)}.
+
+    mixture of clean and adv: (1 - lam) CE_clean + lam CE_adv; of other streams: their mean.
+    trades: CE_clean + beta KL(f(x) || f(x_adv)).
+    """
+    smoothing = args.label_smoothing
+    terms = {k: F.cross_entropy(z, labels[k], label_smoothing=smoothing) for k, z in logits.items()}
+    if args.loss == "trades" and "adv" in terms:
+        clean = F.log_softmax(logits["clean"], 1)
+        terms["adv"] = divergence(logits["adv"], clean).mean()
+        return terms["clean"] + args.beta * terms["adv"], terms
+    if list(terms) == ["clean", "adv"]:
+        return (1 - args.lam) * terms["clean"] + args.lam * terms["adv"], terms
+    return sum(terms.values()) / len(terms), terms
+
+
+def clip_adaptively(parameters, ratio, eps=1e-3):
+    """Adaptive gradient clipping (Brock et al. 2021, eq. 3): the gradient of each output unit at
+    most `ratio` times the norm of its weights, for which `eps` stands in where they are smaller.
+    In place; biases and gains, which have no fan-in, are single units."""
+    for p in parameters:
+        if p.grad is None:
+            continue
+        axes = tuple(range(1, p.ndim)) if p.ndim > 1 else (0,)
+        size, most = (
+            torch.linalg.vector_norm(t.detach(), dim=axes, keepdim=True) for t in (p.grad, p)
+        )
+        p.grad.mul_((most.clamp_min(eps) * ratio / size.clamp_min(1e-6)).clamp_max(1))
+
+
+def grey(x):
+    """Luma (N,1,H,W) of RGB images, as torchvision's rgb_to_grayscale."""
+    r, g, b = x.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+
+
+def turn_hue(x, turns):
+    """RGB images (N,3,H,W) in [0,1] with the hue of HSV moved by `turns` (N,1,1) of a circle."""
+    high, least = x.amax(1), x.amin(1)
+    chroma, (r, g, b) = high - least, x.unbind(1)
+    safe = chroma.clamp_min(1e-8)
+    hue = torch.where(high == r, (g - b) / safe % 6, (b - r) / safe + 2)
+    hue = torch.where((high == b) & (high != r) & (high != g), (r - g) / safe + 4, hue)
+    hue = hue + 6 * turns
+    k = [(n + hue) % 6 for n in (5, 3, 1)]
+    return torch.stack([high - chroma * torch.minimum(i, 4 - i).clamp(0, 1) for i in k], 1)
+
+
+def debias_texture(x, generator):
+    """Texture-debiasing augmentation of images x (N,3,H,W) in [0,1], after the authors' code: with
+    probability 0.5 {with 0.8 colour jitter (brightness, contrast, saturation 0.8, hue 0.2, in an
+    order drawn for the batch), with 0.2 to grey}. Crop and flip are the loader's."""
+
+    def draw(low, high):
+        values = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device)
+        return (low + (high - low) * values).to(x.device)
+
+    def blend(a, b, factor):
+        return torch.lerp(b, a, factor).clamp_(0, 1)
+
+    factors, turns = [draw(0.2, 1.8) for _ in range(3)], draw(-0.2, 0.2)[:, 0]
+    steps = [
+        lambda z: blend(z, torch.zeros_like(z), factors[0]),
+        lambda z: blend(z, grey(z).mean((2, 3), keepdim=True).expand_as(z), factors[1]),
+        lambda z: blend(z, grey(z).expand_as(z), factors[2]),
+        lambda z: turn_hue(z, turns),
+    ]
+    out = x
+    for i in torch.randperm(4, generator=generator, device=generator.device).tolist():
+        out = steps[i](out)
+    chosen, jittered, to_grey = draw(0, 1) < 0.5, draw(0, 1) < 0.8, draw(0, 1) < 0.2
+    out = torch.where(jittered, out, x)
+    out = torch.where(to_grey, grey(out).expand_as(out), out)
+    return torch.where(chosen, out, x)
+
+
+def read_deepaug(folder, dataset, device):
+    """The images of class folders as data.Images; they must be of the data set's size."""
+    from torchvision import datasets, io
+
+    try:
+        tree = datasets.ImageFolder(folder)
+    except (FileNotFoundError, OSError) as error:
+        raise run.UserError(f"--deepaug-dir {folder}: {str(error).splitlines()[0]}") from None
+    if tree.classes != sorted(dataset.classes):
+        raise run.UserError(
+            f"--deepaug-dir {folder}: its {len(tree.classes)} folders are not the classes of "
+            f"{dataset.name}: {', '.join(dataset.classes[:3])} ... ({len(dataset.classes)})"
+        )
+    number = [dataset.classes.index(name) for name in tree.classes]
+    images = []
+    for path, _ in tree.samples:
+        images.append(io.decode_image(path, mode=io.ImageReadMode.RGB))
+        if images[-1].shape[1:] != (dataset.image_size,) * 2:
+            size = "x".join(map(str, images[-1].shape[1:]))
+            raise run.UserError(
+                f"{path}: is {size}, {dataset.name} has {dataset.image_size} pixels"
+            )
+    y = torch.tensor([number[label] for _, label in tree.samples])
+    return data.Images(torch.stack(images).to(device), y.to(device))
+
+
+def build(args, dataset, device):
+    """The network; its weights depend on the seed and the options alone."""
+    torch.manual_seed(run.seed_key(args.seed, "init"))
+    model = models.build(args.arch, args.norm, **dataset.model_kwargs)
+    models.set_drop_path(model, args.drop_path)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def lr_at(step, total, peak, warmup):
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    angle = torch.pi * (step - warmup) / max(total - warmup, 1)
+    return 0.5 * peak * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item())
+
+
+def robust_error(model, images, args, precision, steps=10, statistics="adversarial"):
+    """Error (%) under PGD with a fixed start, judged in fp32."""
+    models.use_statistics(model, statistics)
+    wrong = 0
+    for i, (x, y) in enumerate(zip(images.x.split(250), images.y.split(250), strict=True)):
+        rng, x = run.generator(0, "robust", i, device=x.device), run.to_float(x)
+        noise = attacks.unit_noise(x.shape, args.attack_norm, rng)
+        x_adv = attacks.pgd(
+            model, x, y, args.eps, None, steps, args.attack_norm, noise=noise, precision=precision
+        )
+        wrong += (run.predict(model, x_adv).argmax(1) != y).sum().item()
+    models.use_statistics(model, "adversarial")
+    return 100 * wrong / len(images.y)
+
+
+def show_attack(record, model, x, y, args, precision, step):
+    """Clean and adversarial images, and their difference with grey for 0, as pictures."""
+    x_adv, _ = perturb(model, x, y, args, precision, step)
+    seen = {"clean": x, "adversarial": x_adv, "difference": (x_adv - x) * (127.5 / args.eps) + 0.5}
+    record.writer.add_images("attack", torch.cat(list(seen.values())).clamp(0, 1), step)
+
+
+def train(model, args, batches, held_out, selects, record, precision):
+    """Train `model` in place and return its final metrics.
+
+    batches: {stream: data.Batches}; held_out: images whose first --probe-images are attacked every
+    --eval-every epochs; selects: whether the best of these checkpoints is kept (best.pt).
+    """
+    device, per_epoch = next(model.parameters()).device, batches["clean"].per_epoch
+    total, warmup = args.epochs * per_epoch, round(args.warmup * per_epoch)
+    peak = args.lr * (args.batch_size / 256 if args.dataset == "imagenet" else 1)
+    attacked = "adv" in args.streams and (args.lam > 0 or args.loss == "trades")
+    optimizer = torch.optim.SGD(
+        model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0,
+    )  # fmt: skip
+    start, metrics, best = 0, {}, 0.0
+    if args.resume and (record.dir / "last.pt").exists():
+        checkpoint = run.load_checkpoint(record.dir / "last.pt", device)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, metrics, best = (checkpoint[k] for k in ("step", "metrics", "best"))
+    net = torch.compile(model) if args.compile else model
+    probe = held_out.take(slice(0, args.probe_images))
+    names = [s for s in args.streams if s != "adv" or attacked]
+    sums, count, clock = torch.zeros(len(names) + 5, device=device), 0, time.perf_counter()
+    for step in range(start, total):
+        model.train()
+        at = step // per_epoch * per_epoch if args.schedule == "epoch" else step
+        lr = lr_at(at, total, peak, warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, as a function of it
+        images, labels = {}, {}
+        for name, batch in batches.items():
+            images[name], labels[name] = batch(step)
+        if "tda" in images:
+            images["tda"] = debias_texture(images["tda"], run.generator(args.seed, "tda", step))
+        stats = {"zero_grad": torch.zeros((), device=device)}
+        if attacked:
+            x, y = images["clean"], labels["clean"]
+            (images["adv"], stats), labels["adv"] = perturb(model, x, y, args, precision, step), y
+        logits = forward(net, {k: images[k] for k in names}, args, precision)
+        loss, terms = objective(logits, labels, args)
+        optimizer.zero_grad(set_to_none=True)
+        precision.scaler.scale(loss).backward()
+        precision.scaler.unscale_(optimizer)
+        if args.agc:
+            clip_adaptively((p for n, p in model.named_parameters() if "fc." not in n), args.agc)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        correct = [(logits[k].detach().argmax(1) == labels[k]).float().mean() for k in
+                   ("clean", names[-1])]  # fmt: skip
+        shown = [*(terms[k].detach() for k in names), loss.detach(), *correct, norm]
+        sums += torch.stack([*shown, stats["zero_grad"]])
+
+        done, count = step + 1, count + 1
+        if done % args.log_every == 0 or done % per_epoch == 0 or done == total:
+            *each, loss, clean, robust, norm, zero = (sums / count).tolist()  # sync point
+            run.check_finite(loss, step, lr, norm)
+            rate = count * args.batch_size / (time.perf_counter() - clock)
+            values = {"loss/total": loss, "train/accuracy": 100 * clean, "train/grad_norm": norm}
+            values |= {f"loss/{k}": v for k, v in zip(names, each, strict=True)}
+            values |= {"train/lr": lr, "speed/images_per_s": rate}
+            text = f"epoch {done / per_epoch:.1f}/{args.epochs}  loss {loss:.3f}"
+            text += f"  train {100 * clean:.1f} %"
+            if attacked:
+                values |= {"train/robust_accuracy": 100 * robust, "train/zero_grad": zero}
+                # an attack step is a forward and a backward pass, as a training step on one image
+                values["speed/attack_steps_per_s"] = rate * (args.attack_steps + 2)
+                text += f"  robust {100 * robust:.1f} %"
+            record.scalars(done, values)
+            text += f"  {rate:.0f} img/s"
+            record.progress(done, total, text)
+            sums, count, clock = torch.zeros_like(sums), 0, time.perf_counter()
+        if done % per_epoch == 0:
+            epoch = done // per_epoch
+            robust = 100 - robust_error(model, probe, args, precision)
+            record.scalars(done, {"robust/pgd_probe": robust})
+            if attacked and robust < best / 2:
+                fall = f"from {best:.1f} to {robust:.1f} % at epoch {epoch}"
+                print(f"warning: accuracy under PGD-10 fell {fall}: raise --attack-steps")
+            if epoch % args.eval_every == 0 or done == total:
+                metrics = run.evaluate(model, *held_out, precision)
+                record.scalars(done, {"eval/accuracy": 100 - metrics["error"]})
+                show_attack(record, model, *(v[:8] for v in batches["clean"](0)), args, precision,
+                            done)  # fmt: skip
+                text += f"  error {metrics['error']:.2f}"
+            metrics["pgd_probe_error"] = 100 - robust
+            record.record(epoch=epoch, step=done, loss=loss, eval=metrics)
+            record.progress(done, total, f"{text}  pgd-10 {robust:.1f} %", done=True)
+            state = {"step": done, "metrics": metrics, "dataset": args.dataset}
+            state |= model.spec | {"model": model.state_dict(), "best": max(best, robust)}
+            if selects and robust > best:
+                record.save("best.pt", state)
+            best = max(best, robust)
+            if epoch % args.save_every == 0 or done == total:
+                record.save("last.pt", state | {"optimizer": optimizer.state_dict()})
+            clock = time.perf_counter()
+    model.eval()
+    return metrics
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def main(args):
+    device = run.get_device(args.device)
+    precision = run.Precision(args.precision, device)
+    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.limit, args.seed, device)
+    # Whatever may refuse an option comes before the run directory.
+    given = [s for s in args.streams if s != "adv"]
+    share = args.batch_size // len(given)
+    if share < 1:
+        raise run.UserError(f"--batch-size {args.batch_size}: fewer images than streams")
+    batches = {}
+    for name in given:
+        images = dataset.train
+        if name == "deepaug":
+            images = read_deepaug(args.deepaug_dir, dataset, device)
+        seed = args.seed if name == "clean" else run.seed_key(args.seed, name)
+        batches[name] = data.Batches(images, share, seed, args.augment, dataset.flip)
+    model = build(args, dataset, device)
+    tags = ["error/clean", "error/pgd-20", "error/pgd-100"]
+    record = run.Run(args, __file__, tags)
+    held_out = dataset.val or dataset.test
+    train(model, args, batches, held_out, dataset.val is not None, record, precision)
+
+    final, rows = {}, []
+    # The two sets of statistics of a "dual-bn" network are two networks to an attacker.
+    kinds = ["adversarial", "clean"] if args.norm == "dual-bn" else ["adversarial"]
+    few = dataset.test.take(slice(0, args.robust_images))
+    for kind in kinds:
+        models.use_statistics(model, kind)
+        end = "-clean" if kind != "adversarial" else ""
+        final[f"error/clean{end}"] = run.evaluate(model, *dataset.test, precision)["error"]
+        for steps in (20, 100) if args.robust_images else ():
+            error = robust_error(model, few, args, precision, steps, kind)
+            final[f"error/pgd-{steps}{end}"] = error
+        name = f"{args.arch}, {args.norm}" + (f", {kind} statistics" if len(kinds) > 1 else "")
+        rows.append([name, *(100 - v for k, v in final.items() if k.endswith(end))])
+    models.use_statistics(model, "adversarial")
+    record.close(final)
+    header = ["accuracy %", "clean", *(["PGD-20", "PGD-100"] if args.robust_images else [])]
+    print(f"\n{run.table(rows, header)}")
+    print(f"{args.dataset} test, {len(dataset.test.y)} images, last epoch, seed {args.seed}")
+    if args.robust_images:
+        print(f"PGD: {args.attack_norm}, eps {args.eps:g}/255, {len(few.y)} images, 1 start")
+        print("robust accuracy is what the strongest attack leaves, not what PGD leaves:")
+        print(f"python eval/adversarial.py {Path(record.dir) / 'last.pt'} --attacks standard")
+    return final
+
+
+if __name__ == "__main__":
+    run.cli(main, parse_args)
