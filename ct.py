@@ -46,6 +46,7 @@ DEFAULTS = {  # per data set: arch, epochs
     "cifar10": ("wrn40-2", 100),
     "cifar100": ("wrn40-2", 100),
     "svhn": ("wrn40-2", 100),
+    "photographs": ("resnet18", 90),  # every tree of images
 }
 
 
@@ -53,9 +54,9 @@ def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
     group = parser.add_argument_group("model and optimisation")
-    group.add_argument("--arch", help="default: wrn10-1 for shapes, else wrn40-2")
+    group.add_argument("--arch", help="default: wrn10-1, wrn40-2, resnet18 by data")
     group.add_argument("--norm", default="bn", help="the student's normaliser: bn, gn, none")
-    group.add_argument("--epochs", type=run.positive(int), help="default: 10 for shapes, else 100")
+    group.add_argument("--epochs", type=run.positive(int), help="default: 10, 100, 90 by data")
     group.add_argument("--batch-size", type=run.positive(int), default=128)
     group.add_argument("--lr", type=run.positive(float), default=0.1, help="peak rate")
     group.add_argument("--warmup", type=run.nonnegative(float), default=1.0, help="epochs")
@@ -84,7 +85,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     run.add_arguments(parser)
     args = run.parse(parser, argv)
-    arch, epochs = DEFAULTS[args.dataset]
+    arch, epochs = DEFAULTS.get(args.dataset.removesuffix(".1"), DEFAULTS["photographs"])
     args.arch, args.epochs = args.arch or arch, args.epochs or epochs
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.match = args.match or ("logits" if args.distance == "kl" else "features")
@@ -243,7 +244,7 @@ def corrupted_error(networks, images, precision, data_dir):
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.limit, args.seed, device)
+    dataset = data.from_args(args, device)
     # Whatever may refuse an option comes before the run directory.
     batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
     student = build(args.norm, args, dataset, device)
@@ -257,7 +258,7 @@ def main(args):
     # the benchmark's 15 measure is looked at during training.
     held_out = dataset.val or dataset.test
     few = held_out.take(slice(0, 500))
-    probe = [corruptions.corrupt(few.x, name, 3) for name in corruptions.EXTRA]
+    probe = [corruptions.corrupt(few.x, name, 3, scale=dataset.scale) for name in corruptions.EXTRA]
     probe = data.Images(torch.cat(probe), few.y.repeat(len(probe)))
 
     networks = {}
