@@ -44,6 +44,7 @@ DEFAULTS = {  # per data set: arch, epochs, validation images of --tune
     "cifar10": ("wrn28", 200, 5000),
     "cifar100": ("wrn28", 200, 5000),
     "svhn": ("wrn28", 200, 3257),
+    "photographs": ("resnet50", 90, 10_000),  # every tree of images
 }
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "bn"]
 PENALTIES, INITS = ("penalty", "embedding", "logits"), ("he", "glorot")
@@ -53,8 +54,8 @@ def parse_args(argv=None):
     parser, floats = run.Parser(__file__, __doc__), run.listed(run.positive(float))
     data.add_arguments(parser)
     group = parser.add_argument_group("model and optimisation")
-    group.add_argument("--arch", help="default: resnet8 for shapes, else wrn28 (WRN-28-10)")
-    group.add_argument("--epochs", type=run.positive(int), help="default: 8 for shapes, else 200")
+    group.add_argument("--arch", help="default: resnet8, wrn28 (WRN-28-10), resnet50 by data")
+    group.add_argument("--epochs", type=run.positive(int), help="default: 8, 200, 90 by data")
     group.add_argument("--batch-size", type=run.positive(int), default=128)
     group.add_argument("--lr", type=run.positive(float), default=0.1, help="peak rate")
     group.add_argument("--scalar-lr", type=run.positive(float), default=0.1, help="Fixup's, x lr")
@@ -90,7 +91,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     run.add_arguments(parser)
     args = run.parse(parser, argv)
-    arch, epochs, val_size = DEFAULTS[args.dataset]
+    defaults = DEFAULTS.get(args.dataset.removesuffix(".1"), DEFAULTS["photographs"])
+    arch, epochs, val_size = defaults
     args.arch, args.epochs = args.arch or arch, args.epochs or epochs
     args.tune_epochs = args.tune_epochs or args.epochs
     args.val_size = args.val_size or (val_size if args.tune else 0)
@@ -219,7 +221,8 @@ def train(stage, file, args, dataset, record, precision, device):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, metrics = checkpoint["step"], checkpoint["metrics"]
     else:
-        found = sizes(model, run.to_float(dataset.train.x[: args.batch_size]))
+        few = dataset.train.take(slice(0, args.batch_size)).x
+        found = sizes(model, run.to_float(few))
         record.scalars(0, {f"{stage}/{k}": found[k] for k in ("embedding", "logits")})
         record.record(stage=stage, epoch=0, step=0, **found)
     net = torch.compile(model) if args.compile else model
@@ -337,7 +340,7 @@ def corrupted_error(networks, images, precision, data_dir):
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.limit, args.seed, device)
+    dataset = data.from_args(args, device)
     # Whatever may refuse an option comes before the run directory.
     variants = {name: options_of(name, args) for name in args.variants}
     archs = [re.sub(r"\d+", str(d), args.arch, count=1) for d in args.growth or ()] or [args.arch]
@@ -357,7 +360,7 @@ def main(args):
     if args.tune:
         rest = (dataset, record, precision, device)
         variants = {name: tune(name, own, record, *rest) for name, own in variants.items()}
-        dataset = data.load(args.dataset, args.data_dir, 0, args.limit, args.seed, device)
+        dataset = data.from_args(args, device, val_size=0)
     networks, results = {}, {}
     for stage, (name, seed) in stages.items():
         own = argparse.Namespace(**vars(variants[name]) | {"seed": seed})
