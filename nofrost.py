@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.utils import make_grid
 
 from common import attacks, data, models, run
 
@@ -267,9 +268,7 @@ def read_deepaug(folder, dataset, device):
         images.append(io.decode_image(path, mode=io.ImageReadMode.RGB))
         if images[-1].shape[1:] != (dataset.image_size,) * 2:
             size = "x".join(map(str, images[-1].shape[1:]))
-            raise run.UserError(
-                f"{path}: is {size}, {dataset.name} has {dataset.image_size} pixels"
-            )
+            raise run.UserError(f"{path}: is {size}, {dataset.name} has {dataset.image_size} px")
     y = torch.tensor([number[label] for _, label in tree.samples])
     return data.Images(torch.stack(images).to(device), y.to(device))
 
@@ -309,10 +308,10 @@ def robust_error(model, images, args, precision, steps=10, statistics="adversari
 
 
 def show_attack(record, model, x, y, args, precision, step):
-    """Clean and adversarial images, and their difference with grey for 0, as pictures."""
+    """A picture: rows of clean images, adversarial images, and their difference (grey: none)."""
     x_adv, _ = perturb(model, x, y, args, precision, step)
-    seen = {"clean": x, "adversarial": x_adv, "difference": (x_adv - x) * (127.5 / args.eps) + 0.5}
-    record.writer.add_images("attack", torch.cat(list(seen.values())).clamp(0, 1), step)
+    rows = [x, x_adv, ((x_adv - x) * (127.5 / args.eps) + 0.5).clamp(0, 1)]
+    record.writer.add_image("attack", make_grid(torch.cat(rows), nrow=len(x)), step)
 
 
 def train(model, args, batches, held_out, selects, record, precision):
@@ -329,7 +328,7 @@ def train(model, args, batches, held_out, selects, record, precision):
         model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
     )  # fmt: skip
-    start, metrics, best = 0, {}, 0.0
+    start, metrics, best = 0, {}, -1.0
     if args.resume and (record.dir / "last.pt").exists():
         checkpoint = run.load_checkpoint(record.dir / "last.pt", device)
         model.load_state_dict(checkpoint["model"])

@@ -1,0 +1,318 @@
+"""nofrost.py: its loss and augmentation by hand, short runs in-process, and its wrong options."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import functional as vision
+
+import nofrost
+from common import attacks, data, models, run
+from common.run import UserError
+
+FAST = "--arch resnet8 --epochs 2 --batch-size 32 --attack-steps 2 --probe-images 20".split()
+FAST += "--robust-images 20 --precision fp32 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+
+
+def train(out, *options):
+    return nofrost.main(nofrost.parse_args([*FAST, "--out", str(out), *options]))
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+        out = tmp_path_factory.mktemp("nofrost") / "run"
+        return out, train(out)
+
+
+def test_full_run(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, final = finished
+    assert set(final) == {"error/clean", "error/pgd-20", "error/pgd-100"}
+    assert all(0 <= v <= 100 for v in final.values())
+    checkpoint = run.load_checkpoint(out / "last.pt")
+    assert (checkpoint["norm"], checkpoint["step"], checkpoint["method"]) == ("nf", 6, "nofrost")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [x["epoch"] for x in lines if "epoch" in x] == [1, 2]
+    events = EventAccumulator(str(out), size_guidance={"images": 0}).Reload()
+    tags = {"loss/clean", "loss/adv", "loss/total", "train/zero_grad", "train/robust_accuracy"}
+    tags |= {"robust/pgd_probe", "eval/accuracy", "speed/images_per_s", "speed/attack_steps_per_s"}
+    assert tags <= set(events.Tags()["scalars"])
+    (picture,) = events.Images("attack")
+    assert picture.step == 6 and picture.width > 2 * picture.height
+
+
+def test_resume_is_exact(finished, tmp_path, monkeypatch):
+    real = run.Run.save
+
+    def save(self, name, checkpoint):
+        real(self, name, checkpoint)
+        if checkpoint["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "save", save)
+        train(tmp_path / "r")
+    nofrost.main(nofrost.parse_args(["--resume", str(tmp_path / "r")]))
+    assert same(weights(tmp_path / "r" / "last.pt"), weights(finished[0] / "last.pt"))
+
+
+@pytest.mark.parametrize("options", [
+    ["--norm", "dual-bn"], ["--norm", "bn", "--attack-mode", "train"], ["--norm", "gn"],
+    ["--norm", "in", "--val-size", "20"], ["--norm", "ln"], ["--norm", "none", "--lam", "1"],
+    ["--loss", "trades"], ["--loss", "trades", "--norm", "bn"], ["--lam", "0"],
+    ["--agc", "0.02", "--dropout", "0.2", "--drop-path", "0.1", "--schedule", "epoch"],
+    ["--attack-norm", "l2", "--eps", "128"], ["--streams", "clean,tda,adv"],
+    ["--arch", "wrn10-1", "--precision", "bf16"],
+])  # fmt: skip
+def test_options_train(tmp_path, options):
+    final = train(tmp_path / "r", "--epochs", "1", "--robust-images", "0", *options)
+    assert math.isfinite(final["error/clean"])
+    assert ("error/clean-clean" in final) == ("dual-bn" in options)
+    assert (tmp_path / "r" / "best.pt").exists() == ("--val-size" in options)
+
+
+def test_lam_0_takes_no_attack_and_ignores_its_options(tmp_path, monkeypatch):
+    calls = []
+    real = attacks.pgd
+    monkeypatch.setattr(attacks, "pgd", lambda *a, **kw: calls.append(kw) or real(*a, **kw))
+    train(tmp_path / "a", "--lam", "0", "--eps", "2")
+    judged = [kw for kw in calls if "return_stats" not in kw]
+    assert len(calls) - len(judged) == 1  # the pictures at the end
+    train(tmp_path / "b", "--lam", "0", "--eps", "9", "--streams", "clean")
+    assert same(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def options(*text):
+    return nofrost.parse_args([*FAST, *text])
+
+
+def test_mixture_by_hand():
+    logits = {k: torch.randn(6, 10) for k in ("clean", "adv")}
+    labels = {k: torch.arange(6) for k in logits}
+    loss, terms = nofrost.objective(logits, labels, options("--lam", "0.3"))
+    for name, z in logits.items():  # (1 - 0.1) NLL + 0.1 (-mean_k log p_k)
+        log_p = F.log_softmax(z, 1)
+        by_hand = -(0.9 * log_p[torch.arange(6), labels[name]] + 0.1 * log_p.mean(1)).mean()
+        assert terms[name].item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert loss.item() == pytest.approx((0.7 * terms["clean"] + 0.3 * terms["adv"]).item())
+
+
+def test_streams_are_averaged():
+    logits = {k: torch.randn(6, 10) for k in ("clean", "deepaug", "tda", "adv")}
+    labels = {k: torch.arange(6) for k in logits}
+    loss, terms = nofrost.objective(logits, labels, options())
+    assert loss.item() == pytest.approx(sum(terms.values()).item() / 4)
+
+
+def test_trades_by_hand():
+    logits = {k: torch.randn(6, 10) for k in ("clean", "adv")}
+    labels = {k: torch.arange(6) for k in logits}
+    loss, _ = nofrost.objective(logits, labels, options("--loss", "trades", "--beta", "2"))
+    p, q = (logits[k].softmax(1) for k in ("clean", "adv"))
+    by_hand = (
+        F.cross_entropy(logits["clean"], labels["clean"]) + 2 * (p * (p / q).log()).sum(1).mean()
+    )
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["mixture", "trades"])
+def test_attack_raises_its_loss_within_the_ball(loss):
+    args = options("--loss", loss, "--attack-steps", "5")
+    model = models.build("resnet8", "nf")
+    torch.nn.init.ones_(model.stages[0][0].conv2.gain)
+    model.train()
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    precision = run.Precision("fp32", "cpu")
+    x_adv, _ = nofrost.perturb(model, x, y, args, precision, 0)
+    assert (x_adv.double() - x).abs().max() <= 8 / 255 and model.training
+    noise = x + torch.randn(x.shape).sign() * 8 / 255
+    images = {"x": x, "adv": x_adv, "noise": noise}
+    logits = {k: run.predict(model, v) for k, v in images.items()}
+    if loss == "trades":
+        clean = F.log_softmax(logits["x"], 1)
+        adv, other = (nofrost.divergence(logits[k], clean) for k in ("adv", "noise"))
+    else:
+        adv, other = (F.cross_entropy(logits[k], y, reduction="none") for k in ("adv", "noise"))
+    assert (adv > other).all()
+    again, _ = nofrost.perturb(model, x, y, args, precision, 0)
+    other, _ = nofrost.perturb(model, x, y, args, precision, 1)
+    assert torch.equal(x_adv, again) and not torch.equal(x_adv, other)
+
+
+def test_streams_share_or_divide_statistics():
+    """bn: two batches, one set of statistics; dual-bn: one each; neither sees a joint batch."""
+    x = {"clean": torch.rand(8, 3, 32, 32), "adv": torch.rand(8, 3, 32, 32) / 2}
+    precision = run.Precision("fp32", "cpu")
+    model = models.build("resnet8", "bn").train()
+    nofrost.forward(model, x, options("--norm", "bn"), precision)
+    assert model.bn1.num_batches_tracked == 2
+    both = models.build("resnet8", "dual-bn").train()
+    both.load_state_dict({k: v for k, v in both.state_dict().items()})
+    nofrost.forward(both, x, options("--norm", "dual-bn"), precision)
+    for part, image in ((both.bn1.clean, x["clean"]), (both.bn1.adversarial, x["adv"])):
+        out = both.conv1(both.normalize(image))
+        assert part.num_batches_tracked == 1
+        assert torch.allclose(part.running_mean, 0.1 * out.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_without_batch_norm_one_forward_is_two():
+    model = models.build("resnet8", "nf").eval()
+    x = {"clean": torch.rand(4, 3, 32, 32), "adv": torch.rand(5, 3, 32, 32)}
+    logits = nofrost.forward(model, x, options(), run.Precision("fp32", "cpu"))
+    assert torch.allclose(logits["clean"], model(x["clean"]), atol=1e-6)
+    assert torch.allclose(logits["adv"], model(x["adv"]), atol=1e-6)
+
+
+def test_adaptive_clipping_by_hand():
+    layer = torch.nn.Linear(3, 2)
+    layer.weight.data = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    layer.bias.data = torch.tensor([3.0, 4.0])
+    layer.weight.grad = torch.tensor([[6.0, 8.0, 0.0], [0.0, 1.0, 0.0]])
+    layer.bias.grad = torch.tensor([0.03, 0.04])
+    nofrost.clip_adaptively(layer.parameters(), 0.02)
+    # row 1: 10 > 0.02 * 5; row 2: 1 > 0.02 * 1e-3; bias: 0.05 < 0.02 * 5
+    assert torch.allclose(layer.weight.grad, torch.tensor([[0.06, 0.08, 0], [0, 2e-5, 0]]))
+    assert torch.equal(layer.bias.grad, torch.tensor([0.03, 0.04]))
+
+
+# --- texture debiasing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 0.13, 0.5])
+def test_hue_is_torchvisions(turns):
+    x = torch.cat([torch.rand(4, 3, 16, 16), torch.rand(1, 1, 16, 16).expand(1, 3, 16, 16)])
+    x[0, :, 0, 0], x[0, :, 0, 1] = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.2])
+    expected = vision.adjust_hue(x, turns)
+    assert torch.allclose(nofrost.turn_hue(x, torch.full((5, 1, 1), turns)), expected, atol=1e-5)
+
+
+def test_debias_texture():
+    x = torch.rand(400, 3, 8, 8)
+    assert torch.allclose(nofrost.grey(x), vision.rgb_to_grayscale(x), atol=1e-6)
+    out = nofrost.debias_texture(x, run.generator("t"))
+    assert torch.equal(out, nofrost.debias_texture(x, run.generator("t")))
+    assert out.min() >= 0 and out.max() <= 1
+    kept = (out == x).flatten(1).all(1).float().mean()
+    greyed = ((out.amax(1) - out.amin(1)).flatten(1).amax(1) < 1e-6).float().mean()
+    # 0.5 are not chosen; of the others 0.2 keep their colours and 0.2 turn grey. 3 deviations.
+    assert abs(kept - (0.5 + 0.5 * 0.2 * 0.8)) < 3 * (0.58 * 0.42 / 400) ** 0.5
+    assert 0.02 < greyed < 0.2
+
+
+def write_tree(folder, size, classes):
+    from torchvision import io
+
+    for i, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for j in range(4):
+            image = torch.full((3, size, size), 20 * i + j, dtype=torch.uint8)
+            io.write_png(image, str(folder / name / f"{j}.png"))
+
+
+def test_deepaug_stream(tmp_path):
+    from common import shapes
+
+    write_tree(tmp_path / "deep", 32, shapes.CLASSES)
+    dataset = data.load("shapes")
+    images = nofrost.read_deepaug(tmp_path / "deep", dataset, "cpu")
+    assert images.x.shape == (40, 3, 32, 32) and torch.equal(images.x[:, 0, 0, 0] // 20, images.y)
+    streams = ["--streams", "clean,deepaug,tda,adv", "--deepaug-dir", str(tmp_path / "deep")]
+    final = train(tmp_path / "r", *streams, "--epochs", "1", "--robust-images", "0")
+    assert math.isfinite(final["error/clean"])
+
+
+@pytest.mark.parametrize("size, classes, word", [
+    (16, None, "is 16x16, shapes has 32 px"), (32, ["cat"], "are not the classes of shapes"),
+    (32, [], "deep"),
+])  # fmt: skip
+def test_deepaug_that_does_not_fit(tmp_path, size, classes, word):
+    from common import shapes
+
+    write_tree(tmp_path / "deep", size, shapes.CLASSES if classes is None else classes)
+    with pytest.raises(UserError, match=word):
+        nofrost.read_deepaug(tmp_path / "deep", data.load("shapes"), "cpu")
+
+
+# --- recipe, guards, bad input --------------------------------------------------------------------
+
+
+def test_recipe_of_the_authors(monkeypatch):
+    monkeypatch.setattr(data, "NAMES", (*data.NAMES, "imagenet"))
+    args = nofrost.parse_args(["--dataset", "imagenet"])
+    expected = {
+        "arch": "nf_resnet50", "norm": "nf", "epochs": 90, "batch_size": 256, "lr": 0.1,
+        "momentum": 0.9, "weight_decay": 5e-5, "schedule": "epoch", "warmup": 0, "clip": 0,
+        "dropout": 0.25, "drop_path": 0.1, "label_smoothing": 0.1, "lam": 0.5, "eps": 8,
+        "attack_steps": 10, "alpha": None,
+    }  # fmt: skip
+    assert {k: getattr(args, k) for k in expected} == expected
+    assert attacks.default_alpha(8, 10) == 1.0
+
+
+def test_collapse_warns(tmp_path, monkeypatch, capsys):
+    errors = iter([40.0, 75.0])
+    monkeypatch.setattr(nofrost, "robust_error", lambda *a, **kw: next(errors))
+    train(tmp_path / "r", "--robust-images", "0")
+    assert "fell from 60.0 to 25.0 % at epoch 2" in capsys.readouterr().out
+
+
+def test_divergence_stops_and_keeps_the_last_good(tmp_path, monkeypatch):
+    real, calls = nofrost.objective, []
+
+    def objective(*args):
+        calls.append(0)
+        loss, terms = real(*args)
+        return loss * (math.nan if len(calls) == 5 else 1), terms
+
+    monkeypatch.setattr(nofrost, "objective", objective)
+    with pytest.raises(run.Diverged, match=r"step 5 .*lr 0\..*gradient norm"):
+        train(tmp_path / "r")
+    checkpoint = run.load_checkpoint(tmp_path / "r" / "last.pt")
+    assert checkpoint["step"] == 3
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize("options, word", [
+    (["--lam", "1.5"], "from 0"), (["--streams", "adv"], "clean, and any of"),
+    (["--streams", "clean,clean"], "once"), (["--streams", "clean,blur"], "deepaug, tda, adv"),
+    (["--streams", "clean,deepaug,adv"], "--deepaug-dir"), (["--eps", "0"], "above 0"),
+    (["--loss", "trades", "--streams", "clean,tda,adv"], "no --streams"),
+    (["--loss", "trades", "--norm", "dual-bn"], "no dual-bn"),
+    (["--arch", "allconv"], "there are resnet"), (["--arch", "nf_resnet50", "--norm", "bn"], "nf"),
+    (["--arch", "allconv", "--norm", "none", "--drop-path", "0.1"], "no blocks"),
+    (["--batch-size", "2", "--streams", "clean,tda,deepaug", "--deepaug-dir", "x"], "streams"),
+])  # fmt: skip
+def test_bad_options(tmp_path, options, word):
+    with pytest.raises(UserError, match=word):
+        train(tmp_path / "r", *options)
+    assert not (tmp_path / "r").exists()
+
+
+def test_error_is_one_line_and_status_2():
+    done = subprocess.run(
+        [sys.executable, nofrost.__file__, "--streams", "adv"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "clean" in done.stderr
