@@ -392,46 +392,41 @@ def train(name, model, lr, args, batches, held_out, targets, record, precision, 
     """Train `model` in place at a fixed rate, measuring; returns its final metrics.
 
     history: the run's rows of log.jsonl, appended to; "step" counts the updates made. A run whose
-    checkpoint is in the run directory goes on from there. Divergence ends the run and is a result,
-    not an error.
+    checkpoint is in the run directory goes on from there.
     """
     file = f"{name}.pt"
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum)
-    start, metrics = 0, {}
-    if args.resume and (record.dir / file).exists():
-        checkpoint = run.load_checkpoint(record.dir / file, device)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, metrics = checkpoint["step"], checkpoint["metrics"]
+    guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, args.steps)
+    start, metrics = guard.start, guard.state.get("metrics", {})
     history[:] = [r for r in history if r["step"] < start + ("beta" not in r)]
     sums, count, clock = torch.zeros(2, device=device), 0, time.perf_counter()
-    diverged = torch.tensor(-1, device=device)  # the step; found without a sync at each
     for step in range(start, args.steps):
         model.train()
         torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, noise: functions of it
-        x, y = batches(step)
+        x, y = run.share(*batches(step))
         with precision.autocast():
-            out = model(x)
+            out = guard.net(x)
         loss = objective(out, y, list(model.parameters()), args.weight_decay)
         optimizer.zero_grad(set_to_none=True)
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
         measured = args.measure_every and step % args.measure_every == 0
         old = measured and {k: p.detach().clone() for k, p in model.named_parameters()}
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        diverged = torch.where((diverged < 0) & ~loss.detach().isfinite(), step, diverged)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         correct = (out.detach().argmax(1) == y).float().mean() if held_out else loss.detach() * 0
-        sums += torch.stack([loss.detach(), correct]).float()
+        fine = guard.fine(step, lr, loss, norm)
+        if fine:
+            precision.scaler.step(optimizer)
+            sums += torch.stack([loss.detach(), correct]).float()
+            count += 1
+        precision.scaler.update()
 
-        done, count, rows = step + 1, count + 1, []
+        done, rows = step + 1, []
         shown, last = done % args.log_every == 0, done == args.steps
-        if (measured or shown or last) and diverged >= 0:  # sync point
-            record.record(run=name, event="diverged", step=int(diverged))
-            record.progress(done, args.steps, f"{name}: diverged at step {diverged}", done=True)
-            return {"diverged": int(diverged)}
-        if measured:
+        if measured or shown or last:
+            guard.check()  # sync point
+        if measured and fine:
             grads = [p.grad for p in model.parameters()] if precision.name == "fp32" else None
             row, values = measure(model, old, grads, batches, step, lr, targets, args)
             rows.append({"step": step, **row})
@@ -439,7 +434,7 @@ def train(name, model, lr, args, batches, held_out, targets, record, precision, 
                 tag = f"slot_{targets['slots'][slot]}/{name}"
                 record.writer.add_histogram(tag, activation.float(), step)
         if shown or last:
-            loss, correct = (sums / count).tolist()
+            loss, correct = run.mean(sums / max(count, 1)).tolist()
             rows.append({"step": done, "loss": loss})
             rate = count / (time.perf_counter() - clock)
             text = f"{name}  loss {loss:.4g}  {rate:.1f} steps/s"
@@ -462,10 +457,7 @@ def train(name, model, lr, args, batches, held_out, targets, record, precision, 
                 tag = f"{chart}/{name}"
                 ends = {f"{tag}/low": low, f"{tag}/high": high} if low < high else {}
                 record.scalars(row["step"], {tag: value} | ends)
-        if last or done % (batches.per_epoch * args.save_every) == 0:
-            state = {"run": name, "step": done, "metrics": metrics, "dataset": args.dataset}
-            state |= model.spec | {"model": model.state_dict()}
-            record.save(file, state | {"optimizer": optimizer.state_dict()})
+        guard.save(done, run=name, metrics=metrics, dataset=args.dataset)
     model.eval()
     return metrics
 
@@ -515,6 +507,8 @@ def main(args):
     linear = args.dataset == "gaussian"
     # Whatever may refuse an option comes before the run directory.
     if linear:
+        if run.world() > 1:
+            raise run.UserError("--arch dln25: one batch of 1000 small vectors, for one process")
         dataset, held_out, batches = None, None, Gaussian(args.seed, device)
     else:
         dataset = data.load(
@@ -534,16 +528,22 @@ def main(args):
     for name, (norm, lr) in todo.items():
         model = build(norm, args, dataset, device)
         common = (args, batches, held_out, targets, record, precision, history[name])
-        ends[name] = train(name, model, lr, *common)
+        try:
+            ends[name] = train(name, model, lr, *common)
+        except run.Diverged as error:  # a result, not an error
+            ends[name] = {"diverged": error.step}
+            record.record(run=name, event="diverged", step=error.step)
+            print(f"{name}: diverged at step {error.step}")
     summaries = {name: summarise(rows) | ends.get(name, {}) for name, rows in history.items()}
     final = {f"{k}/{name}": v for name, summary in summaries.items() for k, v in summary.items()}
     final |= {f"error/{name}": v["error"] for name, v in ends.items() if "error" in v}
     run.custom_scalars(record.writer, tensorboard_charts(history))
     record.close(final)
-    draw(record.dir / "figures", history, args.step_sizes)
-    result = {"command": " ".join(sys.argv), "options": vars(args), "runs": summaries}
-    text = json.dumps(result | {"versions": run.versions()}, indent=1)
-    (record.dir / "summary.json").write_text(text + "\n")
+    if run.rank() == 0:
+        draw(record.dir / "figures", history, args.step_sizes)
+        result = {"command": " ".join(sys.argv), "options": vars(args), "runs": summaries}
+        text = json.dumps(result | {"versions": run.versions()}, indent=1)
+        (record.dir / "summary.json").write_text(text + "\n")
 
     first, slot = (next(iter(targets[k].values())) for k in ("layers", "slots"))
     columns = {

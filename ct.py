@@ -161,22 +161,17 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
         model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
     )  # fmt: skip
-    start, metrics = 0, {}
-    if args.resume and (record.dir / file).exists():
-        checkpoint = run.load_checkpoint(record.dir / file, device)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, metrics = checkpoint["step"], checkpoint["metrics"]
-    else:
+    guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, total)
+    net, metrics = guard.net, guard.state.get("metrics", {})
+    if not guard.start:
         record.writer.add_images(f"{stage}/augmented", batches(0)[0][:32], 0)
-    net = torch.compile(model) if args.compile else model
     sums, count, clock = torch.zeros(4, device=device), 0, time.perf_counter()
-    for step in range(start, total):
+    for step in range(guard.start, total):
         model.train()
         lr = lr_at(step, total, peak, warmup)
         optimizer.param_groups[0]["lr"] = lr
         torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, as a function of it
-        x, y = batches(step)
+        x, y = run.share(*batches(step))
         with precision.autocast():
             logits, h = net(x, with_features=True)
         loss = ce = F.cross_entropy(logits, y)
@@ -191,15 +186,17 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
         correct = (logits.detach().argmax(1) == y).float().mean()
-        sums += torch.stack([ce.detach(), gap.detach(), correct, norm])
+        if guard.fine(step, lr, loss, norm):
+            precision.scaler.step(optimizer)
+            sums += torch.stack([ce.detach(), gap.detach(), correct, norm])
+            count += 1
+        precision.scaler.update()
 
-        done, count = step + 1, count + 1
+        done = step + 1
         if done % args.log_every == 0 or done % batches.per_epoch == 0 or done == total:
-            ce, gap, correct, norm = (sums / count).tolist()  # sync point
-            run.check_finite(ce + args.lam * gap, step, lr, norm)
+            guard.check()  # sync point
+            ce, gap, correct, norm = run.mean(sums / max(count, 1)).tolist()
             rate = count * args.batch_size / (time.perf_counter() - clock)
             values = {"loss": ce, "accuracy": 100 * correct, "grad_norm": norm, "lr": lr}
             values |= {"images_per_s": rate} | ({"distance": gap} if teacher is not None else {})
@@ -218,11 +215,8 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
                 text += "".join(f"  {k} {v:.2f}" for k, v in shown.items())
             record.record(stage=stage, epoch=epoch, step=done, loss=ce, distance=gap, eval=metrics)
             record.progress(done, total, text, done=True)
-            if epoch % args.save_every == 0 or done == total:
-                state = {"stage": stage, "step": done, "metrics": metrics, "dataset": args.dataset}
-                state |= model.spec | {"model": model.state_dict()}
-                record.save(file, state | {"optimizer": optimizer.state_dict()})
             clock = time.perf_counter()
+        guard.save(done, stage=stage, metrics=metrics, dataset=args.dataset)
     model.eval()
     return metrics
 
@@ -232,12 +226,13 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
 
 def corrupted_error(networks, images, precision, data_dir):
     """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
-    sums = dict.fromkeys(networks, 0.0)
+    sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
+    index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
     for name in corruptions.NAMES:
         for severity in range(1, 6):
-            x = corruptions.corrupt(images.x, name, severity, data_dir=data_dir)
+            x = corruptions.corrupt(mine.x, name, severity, index=index, data_dir=data_dir)
             for key, model in networks.items():
-                sums[key] += run.evaluate(model, x, images.y, precision)["error"]
+                sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}
 
 

@@ -140,17 +140,20 @@ def penalty(kind, h, logits, reduction):
 
 
 def objective(net, x, y, args):
-    """(CE, penalty before its weight, logits, embedding) of one batch. Mixup is one Beta(alpha,
-    alpha) share per batch; it and dropout draw from the global generators."""
+    """(CE, penalty before its weight, logits, embedding, labels) of this process's share of one
+    batch. Mixup is one Beta(alpha, alpha) share per global batch; it and dropout draw from the
+    global generators."""
+    other = y
     if args.mixup:
         share = torch.distributions.Beta(args.mixup, args.mixup).sample().item()
         partner = torch.randperm(len(y)).to(y.device)
-        x = share * x + (1 - share) * x[partner]
+        x, other = share * x + (1 - share) * x[partner], y[partner]
+    x, y, other = run.share(x, y, other)
     logits, h = net(x, with_features=True, dropout=args.dropout)
     ce = F.cross_entropy(logits, y)
     if args.mixup:
-        ce = share * ce + (1 - share) * F.cross_entropy(logits, y[partner])
-    return ce, penalty(args.penalty, h, logits, args.penalty_reduction), logits, h
+        ce = share * ce + (1 - share) * F.cross_entropy(logits, other)
+    return ce, penalty(args.penalty, h, logits, args.penalty_reduction), logits, h, y
 
 
 def build(args, dataset, device):
@@ -214,20 +217,15 @@ def train(stage, file, args, dataset, record, precision, device):
         aux = data.Batches(dataset.train, size, f"{args.seed}-aux", *settings)
     total, warmup = args.epochs * batches.per_epoch, round(args.warmup * batches.per_epoch)
     optimizer = make_optimizer(model, args)
-    start, metrics = 0, {}
-    if args.resume and (record.dir / file).exists():
-        checkpoint = run.load_checkpoint(record.dir / file, device)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, metrics = checkpoint["step"], checkpoint["metrics"]
-    else:
+    guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, total)
+    net, metrics = guard.net, guard.state.get("metrics", {})
+    if not guard.start:
         few = dataset.train.take(slice(0, args.batch_size)).x
         found = sizes(model, run.to_float(few))
         record.scalars(0, {f"{stage}/{k}": found[k] for k in ("embedding", "logits")})
         record.record(stage=stage, epoch=0, step=0, **found)
-    net = torch.compile(model) if args.compile else model
     sums, count, clock = torch.zeros(6, device=device), 0, time.perf_counter()
-    for step in range(start, total):
+    for step in range(guard.start, total):
         model.train()
         lr = lr_at(step, total, args.lr, warmup, args.schedule)
         for group in optimizer.param_groups:
@@ -237,22 +235,24 @@ def train(stage, file, args, dataset, record, precision, device):
         with precision.autocast():
             if args.norm == "bn-aux":
                 models.measure_statistics(model, aux(step)[0])
-            ce, extra, logits, h = objective(net, x, y, args)
+            ce, extra, logits, h, y = objective(net, x, y, args)
         loss = ce + args.penalty_weight * extra
         optimizer.zero_grad(set_to_none=True)
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
         correct = (logits.detach().argmax(1) == y).float().mean()
         squares = [z.detach().square().mean() for z in (h, logits)]
-        sums += torch.stack([ce.detach(), extra.detach(), correct, norm, *squares])
+        if guard.fine(step, lr, loss, norm):
+            precision.scaler.step(optimizer)
+            sums += torch.stack([ce.detach(), extra.detach(), correct, norm, *squares])
+            count += 1
+        precision.scaler.update()
 
-        done, count = step + 1, count + 1
+        done = step + 1
         if done % args.log_every == 0 or done % batches.per_epoch == 0 or done == total:
-            ce, extra, correct, norm, *squares = (sums / count).tolist()  # sync point
-            run.check_finite(ce + args.penalty_weight * extra, step, lr, norm)
+            guard.check()  # sync point
+            ce, extra, correct, norm, *squares = run.mean(sums / max(count, 1)).tolist()
             rate = count * args.batch_size / (time.perf_counter() - clock)
             values = {"loss": ce, "accuracy": 100 * correct, "grad_norm": norm, "lr": lr}
             values |= {"images_per_s": rate, "penalty": extra}
@@ -271,11 +271,8 @@ def train(stage, file, args, dataset, record, precision, device):
                 text += f"  error {metrics['error']:.2f}"
             record.record(stage=stage, epoch=epoch, step=done, loss=ce, penalty=extra, eval=metrics)
             record.progress(done, total, text, done=True)
-            if epoch % args.save_every == 0 or done == total:
-                state = {"stage": stage, "step": done, "metrics": metrics, "dataset": args.dataset}
-                state |= model.spec | {"model": model.state_dict()}
-                record.save(file, state | {"optimizer": optimizer.state_dict()})
             clock = time.perf_counter()
+        guard.save(done, stage=stage, metrics=metrics, dataset=args.dataset)
     return model.eval(), metrics
 
 
@@ -328,12 +325,13 @@ def growth(variants, archs, dataset, record, precision, device):
 
 def corrupted_error(networks, images, precision, data_dir):
     """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
-    sums = dict.fromkeys(networks, 0.0)
+    sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
+    index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
     for name in corruptions.NAMES:
         for severity in range(1, 6):
-            x = corruptions.corrupt(images.x, name, severity, data_dir=data_dir)
+            x = corruptions.corrupt(mine.x, name, severity, index=index, data_dir=data_dir)
             for key, model in networks.items():
-                sums[key] += run.evaluate(model, x, images.y, precision)["error"]
+                sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}
 
 
