@@ -27,6 +27,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -298,8 +299,8 @@ class Reader(Dataset):
 
 
 class Files:
-    """Image files where a tensor uint8 (N,3,S,S) would be: `len`, `shape`, `device`, x[rows] and
-    x.split(n) decode, `subset` does not.
+    """Image files where a tensor uint8 (N,3,S,S) would be: `len`, `shape`, `device`, `split`; as in
+    NumPy x[slice] is a view (of files undecoded), x[index tensor] is new: the images.
 
     size, fit: of `fitted`; scale: of `augmented`; only: class numbers to which the logits of an
     evaluation are restricted; bad: {row of the listing: reason} of the files found unreadable.
@@ -338,8 +339,10 @@ class Files:
         return part
 
     def __getitem__(self, rows):
-        """Decoded images of an index tensor or slice. Raises UserError for an unreadable one,
-        since the labels beside them could not follow; `read` leaves it out."""
+        """Files of a slice, or the decoded images of an index tensor. Raises UserError for one that
+        is unreadable, since the labels beside could not follow; `read` leaves it out."""
+        if isinstance(rows, slice):
+            return self.subset(rows)
         x, held = self.read(rows)
         if len(held) < len(self.subset(rows)):
             row, reason = next(reversed(self.bad.items()))
@@ -427,6 +430,28 @@ class Files:
                       file=sys.stderr)  # fmt: skip
 
 
+class Images(NamedTuple):
+    """x uint8 (N,3,S,S), a tensor or Files; y int64 (N,)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def take(self, rows):
+        """Tensors of an index or slice; files are decoded, without the unreadable ones."""
+        if isinstance(self.x, Files):
+            x, held = self.x.read(rows)
+            return Images(x, self.y[rows][held])
+        return Images(self.x[rows], self.y[rows])
+
+    def subset(self, rows):
+        """The same with files that stay undecoded."""
+        x = self.x.subset(rows) if isinstance(self.x, Files) else self.x[rows]
+        return Images(x, self.y[rows])
+
+    def to(self, device):
+        return Images(self.x.to(device), self.y.to(device))
+
+
 @functools.cache
 def default_workers():
     """Processes that decode: the cores this process may use, 16 at most."""
@@ -437,11 +462,12 @@ def default_workers():
 
 
 class Schedule:
-    """The batches from one step on, without end: (epoch, positions, augment)."""
+    """The batches from one step on, without end: (epoch, positions, augment). part: slice of each
+    batch that is read."""
 
-    def __init__(self, count, batch_size, seed, augment, first):
+    def __init__(self, count, batch_size, seed, augment, first, part):
         self.count, self.size, self.seed = count, batch_size, seed
-        self.augment, self.first = augment, first
+        self.augment, self.first, self.part = augment, first, part
 
     def __iter__(self):
         step, drawn = self.first, None
@@ -451,7 +477,7 @@ class Schedule:
                 rng = run.generator(self.seed, "epoch", epoch)
                 order, drawn = torch.randperm(self.count, generator=rng), epoch
             rows = order[i * self.size : (i + 1) * self.size]
-            yield epoch, rows.tolist(), self.augment
+            yield epoch, rows[self.part].tolist(), self.augment
             step += 1
 
 
@@ -459,22 +485,30 @@ class Stream:
     """Shuffled, augmented training batches of files; `stream(step)` depends on (seed, step) alone.
 
     Steps in order are read ahead. Any other step starts the reading anew there, which decodes
-    nothing before it; the last two batches are kept, for who asks twice.
+    nothing before it; the last two batches are kept, for who asks twice. share: under torchrun
+    read only the rows that `run.share` leaves to this process; the others are zero.
     """
 
-    def __init__(self, files, y, batch_size, seed, augment=True, flip=True):
+    def __init__(self, files, y, batch_size, seed, augment=True, flip=True, share=False):
         self.files, self.y, self.batch_size, self.seed = files, y, batch_size, seed
         self.augment, self.flip = augment, flip
+        self.part = run.rows(batch_size) if share else slice(0, batch_size)
         self.following, self.batches, self.recent = None, None, {}
 
     def __call__(self, step):
         """(x, y): float in [0,1] (B,3,S,S) channels_last, int64 (B,), on the device."""
         if step not in self.recent:
             if step != self.following:
-                schedule = Schedule(len(self.files), self.batch_size, self.seed, self.augment, step)
+                settings = self.batch_size, self.seed, self.augment, step, self.part
+                schedule = Schedule(len(self.files), *settings)
                 self.batches = self.files.load(schedule, self.seed, self.flip)
             x, held = next(self.batches)
-            self.recent = dict([*self.recent.items(), (step, (x, self.y[held]))][-2:])
+            y = self.y[held]
+            if len(y) < self.batch_size:
+                whole = x.new_zeros(self.batch_size, *x.shape[1:]), y.new_zeros(self.batch_size)
+                whole[0][self.part], whole[1][self.part] = x, y
+                x, y = whole
+            self.recent = dict([*self.recent.items(), (step, (x, y))][-2:])
             self.following = step + 1
         x, y = self.recent[step]
         return run.to_float(x), y

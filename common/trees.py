@@ -1,0 +1,373 @@
+"""The named trees of photographs: where they lie, what is in them, and what is missing.
+
+Each reader returns `Images` of undecoded files and the class names, prints what an incomplete set
+lacks as a note on stderr, and raises UserError, with the source of the data, where it is of no use.
+Nothing is downloaded.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import folders, run
+from common.folders import Images
+from common.run import UserError
+
+# Domain sets: domains and classes; None: the folders decide.
+DOMAINS = {
+    "vlcs": (("Caltech101", "LabelMe", "SUN09", "VOC2007"),
+             ("bird", "car", "chair", "dog", "person")),
+    "pacs": (("art_painting", "cartoon", "photo", "sketch"),
+             ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")),
+    "camelyon17": (tuple(f"hospital{k}" for k in range(5)), ("normal", "tumor")),
+    "domains": (None, None),
+}  # fmt: skip
+# Test sets of the networks that a training set yields: (training set, folders it may lie in).
+IMAGENET_TESTS = {
+    "imagenet-a": ("imagenet-a", "ImageNet-A"),
+    "imagenet-r": ("imagenet-r", "ImageNet-R"),
+    "imagenet-sketch": ("sketch", "imagenet-sketch", "ImageNet-Sketch"),
+    "imagenet-c": ("imagenet-c", "ImageNet-C"),
+}
+IMAGENET = ("imagenet", *IMAGENET_TESTS)
+IN9_TESTS = {"in9": "original", "in9-mixed-same": "mixed_same", "in9-mixed-rand": "mixed_rand"}
+# Images in the whole of each set, for what is said about an incomplete one.
+COUNTS = {
+    "cifar10.1": {"v4": 2_021, "v6": 2_000},
+    "tiny-imagenet": {"train": 100_000, "val": 10_000},
+    "imagenet": {"train": 1_281_167, "val": 50_000},
+    "imagenet-a": {"": 7_500}, "imagenet-r": {"": 30_000}, "imagenet-sketch": {"": 50_889},
+    "vlcs": {"Caltech101": 1_415, "LabelMe": 2_656, "SUN09": 3_282, "VOC2007": 3_376},
+    "pacs": {"art_painting": 2_048, "cartoon": 2_344, "photo": 1_670, "sketch": 3_929},
+    "camelyon17": {"": 455_954},
+}  # fmt: skip
+SOURCES = {  # where a set that is not there comes from; none of these is fetched
+    "cifar10.1": "github.com/modestyachts/CIFAR-10.1, datasets/cifar10.1_v6_{data,labels}.npy",
+    "tiny-imagenet": "cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "imagenet": "image-net.org (ILSVRC 2012, after registration), as train/ and val/",
+    "imagenet-a": "people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar",
+    "imagenet-r": "people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+    "imagenet-sketch": "github.com/HaohanWang/ImageNet-Sketch (a personal drive)",
+    "imagenet-c": "zenodo.org/record/2235448, its five archives unpacked into one folder",
+    "vlcs": "the script domainbed/scripts/download.py of DomainBed (a personal drive)",
+    "pacs": "the script domainbed/scripts/download.py of DomainBed (a personal drive)",
+    "camelyon17": "wilds.stanford.edu, camelyon17_v1.0",
+    "in9": "the releases of github.com/MadryLab/backgrounds_challenge",
+}
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def missing(name, what):
+    """The UserError of a set that is not there: what was looked for, and where it comes from."""
+    name = "in9" if name in IN9_TESTS else name
+    source = f"; it comes from {SOURCES[name]}, unpacked there" if name in SOURCES else ""
+    return UserError(f"{name}: no {what}{source}")
+
+
+def note(text):
+    """What is missing in a set that can be used all the same: one line on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def find(name, data_dir, names, marks):
+    """The first of data_dir/<names> and data_dir itself that has one of the entries `marks`."""
+    for place in [data_dir / n for n in names] + [data_dir]:
+        if any((place / mark).exists() for mark in marks):
+            return place
+    raise missing(name, f"{data_dir / names[0]} (with {marks[0]}) and no {data_dir / marks[0]}")
+
+
+def listed(root, count=None, title=None):
+    """scan() with what is to be said about it: other files, loops, an incomplete set."""
+    listing, title = folders.scan(root), title or str(root)
+    others, example = listing.others
+    if others:
+        note(f"{title}: {others} files are no images, as {example}: left out")
+    for loop in listing.loops:
+        note(f"{title}: {loop} links to a folder above it: left out")
+    if not len(listing):
+        raise UserError(f"{root}: no images {root}/<class>/*.jpg there")
+    if count and len(listing) != count:
+        note(f"{title}: {len(listing)} images; the whole set has {count}")
+    return listing
+
+
+def class_folders(root):
+    """Names of the folders in `root`, empty ones too, sorted; hidden ones do not count."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def labels_of(listing, classes, depth=0):
+    """Class numbers int64 (N,) by folder; UserError for a folder that is no class."""
+    found, which = listing.part(depth)
+    unknown = [name for name in found if name not in set(classes)]
+    if unknown:
+        text = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
+        raise UserError(
+            f"{listing.root}: {len(unknown)} class folders are not among the {len(classes)} "
+            f"classes: {text}"
+        )
+    if len(which) and which.min() < 0:
+        row = int(which.argmin())
+        raise UserError(f"{listing.path(row)}: lies in no class folder")
+    number = {name: k for k, name in enumerate(classes)}
+    return np.array([number[name] for name in found], np.int64)[which]
+
+
+def in_order(files, labels, seed=0):
+    """Images in a fixed random order: the first N of a test set are then a sample of it."""
+    order = torch.randperm(len(files), generator=run.generator(seed, "test order"))
+    return Images(files.subset(order), torch.from_numpy(labels)[order])
+
+
+def train_and_test(name, root, test_root, size, options):
+    """(train, test, classes) of two class trees; the training folders are the classes."""
+    counts = COUNTS.get(name, {})
+    train = listed(root, counts.get("train"), f"{name} {root.name}")
+    names = class_folders(root)
+    empty = sorted(set(names) - set(train.part(0)[0]))
+    if empty:
+        raise UserError(f"{root / empty[0]}: a class without images; fill it or remove the folder")
+    files = folders.Files(train, size=size, **options)
+    images = Images(files, torch.from_numpy(labels_of(train, names)))
+    return images, read_test(name, test_root, names, size, options, counts.get("val")), names
+
+
+def read_test(name, root, classes, size, options, count=None, fit="crop"):
+    """Test images of a class tree; classes of `classes` that it lacks are named."""
+    listing = listed(root, count, f"{name} {root.name}")
+    labels = labels_of(listing, classes)
+    absent = [c for k, c in enumerate(classes) if k not in set(np.unique(labels).tolist())]
+    only = np.unique(labels) if name in ("imagenet-a", "imagenet-r") else None
+    if absent and only is None:
+        more = ", ..." if len(absent) > 3 else ""
+        note(f"{name} {root.name}: no images of {', '.join(absent[:3])}{more} ({len(absent)})")
+    if only is not None and len(only) != 200:
+        note(f"{name}: {len(only)} classes; the whole set has 200")
+    return in_order(folders.Files(listing, size=size, fit=fit, only=only, **options), labels)
+
+
+def read_tree(name, data_dir, size, options):
+    """(train, test, classes) of folder, imagenet and its test sets, and the IN-9 sets."""
+    if name == "folder":
+        held = next((d for d in ("val", "test") if (data_dir / d).is_dir()), None)
+        if not (data_dir / "train").is_dir() or held is None:
+            raise UserError(
+                f"folder: no {data_dir}/train/<class>/* with {data_dir}/val/<class>/* (or test)"
+            )
+        return train_and_test(name, data_dir / "train", data_dir / held, size, options)
+    if name in IN9_TESTS:
+        names = ("backgrounds_challenge", "bg_challenge", "in9")
+        root = find(name, data_dir, names, ["original"])
+        train = next((d for d in ("in9l", "original") if (root / d / "train").is_dir()), None)
+        if train is None:
+            raise missing(name, f"{root}/original/train (IN-9) or {root}/in9l/train (IN-9L)")
+        test = root / IN9_TESTS[name] / "val"
+        if not test.is_dir():
+            raise missing(name, test)
+        parts = train_and_test(name, root / train / "train", test, size, options)
+        if len(parts[2]) != 9:
+            raise UserError(f"{root / train / 'train'}: {len(parts[2])} class folders, IN-9 has 9")
+        return parts
+    root = find("imagenet", data_dir, ("imagenet", "ILSVRC/Data/CLS-LOC"), ["train"])
+    train = listed(root / "train", COUNTS["imagenet"]["train"], "imagenet train")
+    classes = train.part(0)[0]
+    if len(classes) != 1000 or not all(is_wnid(c) for c in classes):
+        raise UserError(
+            f"{root / 'train'}: {len(classes)} class folders, ImageNet has 1000 named n01440764 "
+            "...; a part of it, or another tree, is --dataset folder"
+        )
+    images = folders.Files(train, size=size, **options)
+    images = Images(images, torch.from_numpy(labels_of(train, classes)))
+    return images, read_imagenet_test(name, data_dir, classes, size, options), classes
+
+
+def is_wnid(name):
+    """Whether a name is a WordNet id, as n01440764."""
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
+
+
+def imagenet_classes(data_dir):
+    """The 1000 WordNet ids in the order of the logits (sorted): of the folders in imagenet/train
+    or imagenet/val, else of LOC_synset_mapping.txt or classes.txt (a line starts with the id)."""
+    places = [data_dir / "imagenet", data_dir / "ILSVRC/Data/CLS-LOC", data_dir]
+    for tree in [place / split for place in places for split in ("train", "val")]:
+        names = [n for n in class_folders(tree) if is_wnid(n)] if tree.is_dir() else []
+        if len(names) == 1000:
+            return names
+    for path in [p / f for p in places for f in ("LOC_synset_mapping.txt", "classes.txt")]:
+        if path.is_file():
+            names = sorted(line.split()[0] for line in path.read_text().splitlines() if line)
+            if len(names) == len(set(names)) == 1000 and all(is_wnid(n) for n in names):
+                return names
+            raise UserError(f"{path}: not 1000 lines that start with a WordNet id, as n01440764")
+    raise UserError(
+        f"ImageNet's 1000 WordNet ids are needed and not in {data_dir}: put imagenet/train there, "
+        "or LOC_synset_mapping.txt (of Kaggle's ILSVRC copy), or classes.txt with one id a line"
+    )
+
+
+def read_imagenet_test(name, data_dir, classes, size, options, fit="crop"):
+    """Test images of imagenet or one of its test sets, labelled by their place in `classes`."""
+    if name == "imagenet":
+        root = find(name, data_dir, ("imagenet", "ILSVRC/Data/CLS-LOC"), ["val"]) / "val"
+        if not class_folders(root):
+            return read_flat_imagenet(root, data_dir, classes, size, options)
+        return read_test(name, root, classes, size, options, COUNTS[name]["val"])
+    root = next((data_dir / n for n in IMAGENET_TESTS[name] if (data_dir / n).is_dir()), None)
+    if root is None:
+        raise missing(name, data_dir / IMAGENET_TESTS[name][0])
+    if name == "imagenet-c":  # <corruption>/<severity>/<wnid>: all 75 sets in one
+        listing = listed(root, title=name)
+        files = folders.Files(listing, size=size, fit=fit, **options)
+        return in_order(files, labels_of(listing, classes, depth=2))
+    return read_test(name, root, classes, size, options, COUNTS[name][""])
+
+
+def read_flat_imagenet(root, data_dir, classes, size, options):
+    """imagenet/val without class folders. The labels are Kaggle's LOC_val_solution.csv ("name,wnid
+    ...") or Caffe's val.txt ("name index"; the index counts the sorted WordNet ids)."""
+    number, truth = {c: k for k, c in enumerate(classes)}, {}
+    places = [p for p in (root.parent, data_dir, *root.parents[:4]) if p.is_dir()]
+    for path in [p / f for p in places for f in ("LOC_val_solution.csv", "val.txt")]:
+        if not path.is_file():
+            continue
+        for line in path.read_text().splitlines():
+            file, _, label = line.replace(",", " ", 1).strip().partition(" ")
+            label = label.split()[0] if label else ""
+            if label in number:
+                truth[file.split(".")[0].encode()] = number[label]
+            elif label.isdigit() and int(label) < len(classes):
+                truth[file.split(".")[0].encode()] = int(label)
+        break
+    else:
+        raise UserError(
+            f"{root}: no class folders, and no LOC_val_solution.csv or val.txt beside it to give "
+            "the labels (the development kit's ground truth numbers its classes otherwise)"
+        )
+    listing = listed(root, COUNTS["imagenet"]["val"], "imagenet val")
+    keys = [listing.name(row).split(b".")[0] for row in range(len(listing))]
+    unknown = [key for key in keys if key not in truth]
+    if unknown:
+        raise UserError(f"{path}: no label for {len(unknown)} files, as {unknown[0].decode()}")
+    labels = np.array([truth[key] for key in keys], np.int64)
+    return in_order(folders.Files(listing, size=size, **options), labels)
+
+
+def read_tiny_imagenet(data_dir, size, options):
+    """(train, test, classes), decoded into memory: train/<wnid>/images/*, val/images/* with
+    val_annotations.txt ("name wnid x y w h"); the official test images have no labels."""
+    root = find("tiny-imagenet", data_dir, ("tiny-imagenet-200", "tiny-imagenet"), ["wnids.txt"])
+    classes = sorted((root / "wnids.txt").read_text().split())
+    truth, counts = {}, COUNTS["tiny-imagenet"]
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        raise missing("tiny-imagenet", annotations)
+    for line in annotations.read_text().splitlines():
+        file, wnid = line.split()[:2]
+        truth[file.encode()] = classes.index(wnid)
+    train = listed(root / "train", counts["train"], "tiny-imagenet train")
+    test = listed(root / "val" / "images", counts["val"], "tiny-imagenet val")
+    names = [test.name(row) for row in range(len(test))]
+    unknown = [n for n in names if n not in truth]
+    if unknown:
+        raise UserError(f"{annotations}: no line for {unknown[0].decode()}")
+    parts = []
+    for listing, labels in (
+        (train, labels_of(train, classes)),
+        (test, np.array([truth[n] for n in names], np.int64)),
+    ):
+        files = folders.Files(listing, size=size, fit="squash", **options | {"device": "cpu"})
+        fit = "exact" if size == 64 else "squash"
+        files.fit = fit
+        parts.append(Images(files, torch.from_numpy(labels)).take(slice(None)))
+    order = torch.randperm(len(parts[1].y), generator=run.generator(0, "test order"))
+    return parts[0], parts[1].take(order), classes
+
+
+# --- domains --------------------------------------------------------------------------------------
+
+
+def domain_names(name, data_dir):
+    """The domains of a set; of `domains` the folders of data_dir."""
+    if name not in DOMAINS:
+        raise UserError(f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have")
+    if DOMAINS[name][0]:
+        return list(DOMAINS[name][0])
+    names = class_folders(Path(data_dir)) if Path(data_dir).is_dir() else []
+    if len(names) < 2:
+        raise UserError(f"domains: no {data_dir}/<domain>/<class>/* with two domains or more")
+    return names
+
+
+def read_domain_tree(name, data_dir, size, options):
+    """(Images of all domains, domain int64 (N,), names, classes) of <domain>/<class>/*. A domain
+    may lack classes; one that is missing altogether is left out."""
+    wanted, classes = DOMAINS[name]
+    wanted = wanted or domain_names(name, data_dir)
+    places = (name.upper(), name) if name != "domains" else ()
+    root = find(name, data_dir, places, wanted) if places else data_dir
+    listing = listed(root, title=name)
+    found, domain = listing.part(0)
+    names = [d for d in wanted if d in found]
+    extra = [d for d in found if d not in wanted]
+    if extra:
+        raise UserError(f"{root}: {extra[0]} is no domain of {name} ({', '.join(wanted)})")
+    if len(names) < 2:
+        raise UserError(f"{root}: {name} needs two domains or more, has {', '.join(names)}")
+    classes = list(classes or listing.part(1)[0])
+    labels = labels_of(listing, classes, depth=1)
+    domain = np.array([names.index(d) for d in found], np.int64)[domain]
+    for d in wanted:
+        count = int((domain == names.index(d)).sum()) if d in names else 0
+        whole = COUNTS.get(name, {}).get(d)
+        if d not in names:
+            note(f"{name}: {d} is missing in {root}; it is left out")
+            continue
+        have = set(np.unique(labels[domain == names.index(d)]).tolist())
+        absent = [c for k, c in enumerate(classes) if k not in have]
+        if absent:
+            note(f"{name}: {d} has no images of {', '.join(absent)}")
+        if whole and count != whole:
+            note(f"{name}: {d} has {count} images; the whole set has {whole}")
+    files = folders.Files(listing, size=size, fit="squash", scale=(0.7, 1.0), **options)
+    return Images(files, torch.from_numpy(labels)), torch.from_numpy(domain), names, classes
+
+
+def read_camelyon17(data_dir, size, options):
+    """(Images, domain, names, classes, split) of the WILDS layout: metadata.csv and patches/. The
+    domain is the hospital (column center); split is 0 train, 1 id_val, 2 test, 3 val as in WILDS,
+    where hospital 1 is val and 2 is test whatever the column says."""
+    root = find("camelyon17", data_dir, ("camelyon17_v1.0", "camelyon17"), ["metadata.csv"])
+    listing = listed(root / "patches", title="camelyon17 patches")
+    place = {listing.name(row): row for row in range(len(listing))}
+    rows, table, absent = [], [], []
+    with open(root / "metadata.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        wanted = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
+        lacking = [c for c in wanted if c not in (reader.fieldnames or ())]
+        if lacking:
+            raise UserError(f"{root}/metadata.csv: no column {', '.join(lacking)}")
+        for r in reader:
+            key = "patch_patient_{patient}_node_{node}_x_{x_coord}_y_{y_coord}.png".format(**r)
+            row = place.get(key.encode())
+            if row is None:
+                absent.append(key)
+                continue
+            rows.append(row)
+            table.append((int(r["tumor"]), int(r["center"]), int(r["split"])))
+    if not rows:
+        raise UserError(f"{root}/patches: none of the patches of metadata.csv, as {absent[0]}")
+    if absent:
+        note(f"camelyon17: {len(absent)} patches are missing, as {absent[0]}")
+    elif len(rows) != COUNTS["camelyon17"][""]:
+        note(f"camelyon17: {len(rows)} patches; the whole set has {COUNTS['camelyon17']['']}")
+    y, center, split = torch.tensor(table).T.contiguous()
+    split[center == 1], split[center == 2] = 3, 2
+    names, classes = (list(part) for part in DOMAINS["camelyon17"])
+    files = folders.Files(listing, rows, size=size, fit="squash", scale=(0.7, 1.0), **options)
+    return Images(files, y), center, names, classes, split
