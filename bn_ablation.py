@@ -53,6 +53,7 @@ DEFAULTS = {  # per data set: arch, steps, lrs
     "cifar10": ("vgg16", 15_000, [0.1]),
     "cifar100": ("vgg16", 15_000, [0.1]),
     "gaussian": ("dln25", 10_000, [1e-6]),
+    "photographs": ("vgg16", 15_000, [0.1]),  # every tree of images
 }
 PROBED = {"vgg16": ((5, 10), (3, 11)), "dln25": ((9, 17), (1, 11, 24))}  # the paper's figures
 
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     args = run.parse(parser, argv)
     if args.arch == "dln25":
         args.dataset, args.weight_decay = "gaussian", 0.0
-    arch, steps, lrs = DEFAULTS[args.dataset]
+    arch, steps, lrs = DEFAULTS.get(args.dataset.removesuffix(".1"), DEFAULTS["photographs"])
     args.arch, args.steps, args.lrs = args.arch or arch, args.steps or steps, args.lrs or lrs
     linear = args.arch == "dln25"
     args.step_sizes = args.step_sizes or ([0.01, 0.1, 1, 10, 30] if linear else [0.5, 1, 2, 4])
@@ -511,9 +512,7 @@ def main(args):
             raise run.UserError("--arch dln25: one batch of 1000 small vectors, for one process")
         dataset, held_out, batches = None, None, Gaussian(args.seed, device)
     else:
-        dataset = data.load(
-            args.dataset, args.data_dir, args.val_size, args.limit, args.seed, device
-        )
+        dataset = data.from_args(args, device)
         held_out = dataset.val or dataset.test
         batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment)
     todo = {f"{norm}-lr{lr:g}": (norm, lr) for lr in args.lrs for norm in args.norms}
