@@ -421,7 +421,7 @@ def train(model, args, batches, held_out, selects, record, precision):
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.limit, args.seed, device)
+    dataset = data.from_args(args, device)
     # Whatever may refuse an option comes before the run directory.
     given = [s for s in args.streams if s != "adv"]
     share = args.batch_size // len(given)
