@@ -431,7 +431,7 @@ def evaluate(model, x, y, precision=None, batch_size=500, mine=False):
         x, y = x[part], y[part]
     if len(y):
         logits = predict(model, x, precision, batch_size)
-        if hasattr(x, "select"):  # folders.Files: what was skipped, and a subset of the classes
+        if not isinstance(x, torch.Tensor):  # folders.Files: what was skipped, and a subset of the classes
             logits, y = x.select(logits, y)
         found = counts(logits, y)
     else:
