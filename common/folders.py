@@ -369,7 +369,7 @@ class Files:
                 yield x
         self.skipped = np.array(skipped, np.int64)
 
-    def select(self, logits, y):
+    def scored(self, logits, y):
         """(logits, labels) as a score takes them: without the labels of skipped files and, for a
         subset of the classes, among those classes alone."""
         keep = torch.ones(len(self), dtype=torch.bool)

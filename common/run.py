@@ -432,7 +432,7 @@ def evaluate(model, x, y, precision=None, batch_size=500, mine=False):
     if len(y):
         logits = predict(model, x, precision, batch_size)
         if not isinstance(x, torch.Tensor):  # folders.Files: what was skipped, and a subset of the classes
-            logits, y = x.select(logits, y)
+            logits, y = x.scored(logits, y)
         found = counts(logits, y)
     else:
         found = torch.zeros(18, dtype=torch.float64, device=y.device)
