@@ -122,7 +122,7 @@ def _walk(root):
                         continue
                     if entry.name.lower().endswith(SUFFIXES):
                         names.append(os.fsencode(entry.name))
-                    elif entry.is_dir():
+                    elif _is_folder(entry):
                         inside = f"{folder}/{entry.name}" if folder else entry.name
                         stack.append((inside, (*above, (status.st_dev, status.st_ino))))
                     else:
@@ -143,6 +143,12 @@ def _walk(root):
         np.concatenate(sizes).cumsum(), others, loops,
     )  # fmt: skip
     return listing, entered, stamps
+
+
+def _is_folder(entry):
+    with contextlib.suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
 
 
 def _save(place, listing, folders, stamps):

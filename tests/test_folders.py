@@ -1,0 +1,400 @@
+"""Trees of image files: every kind of bad input, the cached listing, batches as of a tensor."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import write_jpeg, write_png
+
+from common import data, folders, run, trees
+from common.run import UserError
+
+
+def picture(seed=0, height=40, width=40):
+    rng = np.random.default_rng(seed)
+    small = rng.integers(256, size=(3, 5, 5), dtype=np.uint8)
+    return torch.from_numpy(small.repeat(height // 5, 1).repeat(width // 5, 2))
+
+
+def make_tree(root, counts, start=0, **size):
+    """JPEGs `root`/<class>/<number>.jpg, all different."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            start += 1
+            write_jpeg(picture(start, **size), str(root / name / f"{k:03d}.jpg"), 95)
+    return root
+
+
+def cut(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """train: cat 10, dog 10; val: cat 4, dog 4."""
+    make_tree(tmp_path / "train", {"cat": 10, "dog": 10})
+    make_tree(tmp_path / "val", {"cat": 4, "dog": 4}, start=100)
+    return tmp_path
+
+
+def load(tree, name="folder", **options):
+    return data.load(name, tree, image_size=16, **{"workers": 0} | options)
+
+
+class Constant(torch.nn.Module):
+    """Logits that are the mean colour of an image: they tell images apart."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+# --- what is decoded ------------------------------------------------------------------------------
+
+
+def test_sizes_and_classes(tree):
+    loaded = load(tree)
+    assert loaded.classes == ["cat", "dog"] and loaded.image_size == 16 and loaded.val is None
+    assert loaded.train.x.shape == (20, 3, 16, 16) and len(loaded.test.y) == 8
+    few = loaded.test.take(slice(0, 5))
+    assert few.x.dtype == torch.uint8 and few.x.shape == (5, 3, 16, 16)
+    # The test order is mixed, so that its beginning is a sample; the labels follow the files.
+    names = [loaded.test.x.listing.path(row) for row in loaded.test.x.rows]
+    assert names != sorted(names)
+    assert [n.split("/")[-2] == "dog" for n in names] == loaded.test.y.bool().tolist()
+
+
+@pytest.mark.parametrize("kind", ["L", "LA", "P", "1", "CMYK", "RGBA", "I;16", "bmp", "gif"])
+def test_every_kind_becomes_rgb(tmp_path, kind):
+    """Greyscale, palette, CMYK, transparent, 16-bit and other formats keep their colours."""
+    original = Image.fromarray(picture(1).permute(1, 2, 0).numpy())
+    path = tmp_path / f"a.{ {'CMYK': 'jpg', 'bmp': 'bmp', 'gif': 'gif'}.get(kind, 'png') }"
+    expected = np.array(original)
+    if kind == "I;16":
+        wide = (np.array(original.convert("L")).astype(np.uint16)) * 257
+        Image.fromarray(wide).save(path)
+        expected = np.repeat(np.array(original.convert("L"))[..., None], 3, 2)
+    elif kind in ("bmp", "gif"):
+        original.save(path)
+        expected = np.array(Image.open(path).convert("RGB"))
+    else:
+        options = {"quality": 100} if kind == "CMYK" else {}
+        original.convert(kind).save(path, **options)
+        expected = np.array(original.convert(kind).convert("RGB"))
+    x = folders.decode(str(path))
+    assert x.dtype == torch.uint8 and x.shape == (3, 40, 40)
+    difference = np.abs(x.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
+    assert difference.max() <= (8 if kind == "CMYK" else 0)  # JPEG loses a little
+
+
+def test_mixed_sizes(tmp_path):
+    make_tree(tmp_path / "train", {"a": 3}, height=20, width=80)
+    make_tree(tmp_path / "train", {"b": 3}, height=120, width=15)
+    make_tree(tmp_path / "val", {"a": 2, "b": 2}, height=5, width=5)
+    loaded = load(tmp_path)
+    assert data.Batches(loaded.train, 6, seed=0)(0)[0].shape == (6, 3, 16, 16)
+    assert loaded.test.take(slice(None)).x.shape == (4, 3, 16, 16)
+
+
+def test_evaluation_crop_is_the_centre():
+    x = torch.zeros(3, 80, 160, dtype=torch.uint8)
+    x[:, 20:60, 60:100] = 255  # inside the 70 x 70 that remain of 80 x 80
+    out = folders.fitted(x, 70, "crop")
+    assert out.shape == (3, 70, 70) and out[:, 35, 35].eq(255).all()
+    assert torch.equal(out, out.flip(1)) and torch.equal(out, out.flip(2))
+    assert torch.equal(folders.fitted(out, 70, "exact"), out)
+    with pytest.raises(UserError, match="80x80 pixels, where 70x70 are expected"):
+        folders.fitted(x[:, :, :80], 70, "exact")
+
+
+def test_crop_box_follows_torchvision():
+    """Area and ratio of the boxes lie in the ranges and spread as RandomResizedCrop's do."""
+    from torchvision.transforms import RandomResizedCrop
+
+    image, rng = torch.zeros(3, 100, 130), random.Random(0)
+    torch.manual_seed(0)
+    theirs = [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3000)]
+    ours = [folders.crop_box(100, 130, (0.08, 1), rng) for _ in range(3000)]
+    for function in (lambda b: b[2] * b[3], lambda b: b[2] / b[3], lambda b: b[0], lambda b: b[1]):
+        a, b = (np.array([function(box) for box in boxes]) for boxes in (ours, theirs))
+        error = np.hypot(a.std(), b.std()) / 3000**0.5
+        assert abs(a.mean() - b.mean()) < 4 * error
+    for top, left, height, width in ours:
+        assert 0 <= top <= 100 - height and 0 <= left <= 130 - width
+    assert folders.crop_box(3, 300, (0.9, 1), rng) == (0, 148, 3, 4)  # no draw can fit
+
+
+# --- what cannot be decoded -----------------------------------------------------------------------
+
+
+def test_unreadable_files_are_skipped_counted_and_named(tree, capfd):
+    """A truncated JPEG, a text file and an empty one: evaluation goes without them."""
+    whole = load(tree)
+    logits = run.predict(Constant(), whole.test.x)
+    files = [tree / "val" / "cat" / "001.jpg", tree / "val" / "dog" / "002.jpg"]
+    files.append(tree / "val" / "dog" / "003.jpg")
+    cut(files[0])
+    files[1].write_text("not a picture")
+    files[2].write_bytes(b"")
+    broken = load(tree)
+    found = run.evaluate(Constant(), *broken.test, batch_size=3)
+    names = [broken.test.x.listing.path(row) for row in broken.test.x.rows]
+    keep = torch.tensor([name not in map(str, files) for name in names])
+    expected = run.metrics(logits[keep], whole.test.y[keep])
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert sorted(broken.test.x.listing.path(r) for r in broken.test.x.bad) == sorted(
+        map(str, files)
+    )
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("skipped")]
+    assert len(lines) == 3 and "3 unreadable so far" in lines[-1]
+    assert any(str(files[0]) in x and "incomplete or truncated" in x for x in lines)
+    images = broken.test.take(slice(None))
+    assert len(images.x) == len(images.y) == 5
+    with pytest.raises(UserError, match="delete or replace it"):
+        broken.test.x[torch.arange(8)]
+    with pytest.raises(UserError, match=r"\.jpg: .*without --strict it would be skipped"):
+        run.evaluate(Constant(), *load(tree, strict=True).test)
+
+
+def test_training_takes_the_next_readable_file(tree):
+    for k in (2, 3):
+        cut(tree / "train" / "cat" / f"00{k}.jpg")
+    loaded = load(tree)
+    batches = data.Batches(loaded.train, 20, seed=0, augment=False)
+    x, y = batches(0)
+    assert len(x) == 20 and y.tolist().count(0) == 10 and len(loaded.train.x.bad) == 2
+    unique = {row.numpy().tobytes() for row in x}
+    assert len(unique) == 18  # 004.jpg stands in for both
+    with pytest.raises(UserError, match="without --strict"):
+        data.Batches(load(tree, strict=True).train, 20, seed=0)(0)
+
+
+def test_nothing_readable(tmp_path):
+    make_tree(tmp_path / "train", {"a": 2})
+    make_tree(tmp_path / "val", {"a": 1})
+    for path in (tmp_path / "train" / "a").iterdir():
+        cut(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        data.Batches(load(tmp_path).train, 2, seed=0)(0)
+
+
+# --- what the folders hold ------------------------------------------------------------------------
+
+
+def test_other_files_and_loops_are_left_out_with_a_note(tree, capsys):
+    (tree / "train" / "cat" / "notes.txt").write_text("x")
+    (tree / "train" / "cat" / ".hidden.jpg").write_text("x")
+    (tree / "train" / "cat" / "up").symlink_to(tree / "train")
+    (tree / "train" / "self").symlink_to("self")  # a link to itself: no file, no folder
+    loaded = load(tree)
+    assert len(loaded.train.y) == 20
+    err = capsys.readouterr().err
+    assert "files are no images, as" in err and "cat/up links to a folder above it" in err
+
+
+def test_deeper_folders_and_links_count(tree, tmp_path):
+    make_tree(tree / "train" / "cat", {"more": 2}, start=50)
+    elsewhere = make_tree(tmp_path / "elsewhere", {"bird": 3}, start=60)
+    (tree / "train" / "bird").symlink_to(elsewhere / "bird")
+    loaded = load(tree)
+    assert loaded.classes == ["bird", "cat", "dog"]
+    assert torch.bincount(loaded.train.y).tolist() == [3, 12, 10]
+
+
+def test_class_folders_that_differ(tree, capsys):
+    make_tree(tree / "train", {"newt": 2}, start=70)
+    loaded = load(tree)  # a class that only training has: noted
+    assert loaded.classes == ["cat", "dog", "newt"]
+    assert "no images of newt (1)" in capsys.readouterr().err
+    make_tree(tree / "val", {"owl": 1}, start=80)
+    with pytest.raises(UserError, match="1 class folders are not among the 3 classes: owl"):
+        load(tree)
+
+
+def test_empty_class(tree, capsys):
+    (tree / "val" / "fox").mkdir()  # without images it adds no label
+    assert len(load(tree).test.y) == 8
+    (tree / "train" / "fox").mkdir()
+    with pytest.raises(UserError, match="fox: a class without images"):
+        load(tree)
+
+
+def test_files_outside_of_classes(tree):
+    write_png(picture(1), str(tree / "train" / "stray.png"))
+    with pytest.raises(UserError, match=r"stray\.png: lies in no class folder"):
+        load(tree)
+
+
+def test_no_tree(tmp_path):
+    with pytest.raises(UserError, match=r"folder: no .*/train"):
+        load(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        load(tmp_path)
+
+
+# --- listing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tree, monkeypatch):
+    """A tree whose listing is kept, changed long enough ago."""
+    monkeypatch.setattr(folders, "CACHED", 10)
+    monkeypatch.setenv("TORCH_HOME", str(tree / "torch"))
+    for folder, _, _ in os.walk(tree / "train"):
+        os.utime(folder, (1e9, 1e9))
+    return tree / "train"
+
+
+def same(a, b):
+    arrays = all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("folder", "names", "ends"))
+    return arrays and a.folders == b.folders and a.root == b.root and a.others == b.others
+
+
+def test_a_listing_is_made_once(cached, monkeypatch):
+    first = folders.scan(cached)
+    assert (cached.parent / ".train.listing.npz").is_file()
+    monkeypatch.setattr(folders, "_walk", lambda root: pytest.fail("listed twice"))
+    assert same(folders.scan(cached), first)
+    assert first.path(10) == str(cached / "dog" / "000.jpg")
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "folder", "truncate", "moved"])
+def test_a_cached_listing_is_not_trusted_when_the_tree_changed(cached, change):
+    folders.scan(cached)
+    place = cached.parent / ".train.listing.npz"
+    if change == "add":
+        write_jpeg(picture(9), str(cached / "dog" / "new.jpg"))
+    elif change == "remove":
+        (cached / "dog" / "004.jpg").unlink()
+    elif change == "rename":
+        (cached / "dog" / "004.jpg").rename(cached / "dog" / "zzz.jpg")
+    elif change == "folder":
+        make_tree(cached, {"ewe": 1})
+    elif change == "truncate":
+        cut(place)
+    else:
+        cached = cached.rename(cached.parent / "moved")
+        place.rename(cached.parent / ".moved.listing.npz")
+    assert same(folders.scan(cached), folders.scan(cached, cache=False))
+
+
+def test_read_only_data(cached):
+    """Where nothing can be written beside the tree, torch's cache folder takes the listing."""
+    blocked = cached.parent / ".train.listing.npz"
+    blocked.mkdir()  # holds for root as well, whom permissions do not stop
+    first = folders.scan(cached)
+    assert len(list((cached.parent / "torch" / "listings").glob("*.npz"))) == 1
+    assert same(folders.scan(cached), first)
+
+
+def test_no_place_for_a_listing(cached, monkeypatch):
+    (cached.parent / ".train.listing.npz").mkdir()
+    (cached.parent / "torch").write_text("a file where the folder would be")
+    assert len(folders.scan(cached)) == 20
+
+
+def test_a_listing_is_compact(tmp_path):
+    """About the bytes of the names: a million files fit into some tens of megabytes."""
+    (tmp_path / "a").mkdir()
+    for k in range(2000):
+        (tmp_path / "a" / f"n01440764_{k}.JPEG").touch()
+    listing = folders.scan(tmp_path)
+    held = listing.names.nbytes + listing.ends.nbytes + listing.folder.nbytes
+    assert len(listing) == 2000 and held < 32 * 2000
+    assert all(os.path.isfile(listing.path(row)) for row in range(0, 2000, 97))
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_batches_depend_on_seed_and_step_alone(tree):
+    """In any order, with or without processes, and without touching the global generator."""
+    forward = data.Batches(load(tree).train, 6, seed=3)
+    assert forward.per_epoch == 3
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    seen = [forward(step) for step in range(5)]
+    assert torch.equal(torch.get_rng_state(), state)
+    again = data.Batches(load(tree, workers=2).train, 6, seed=3)
+    for step in (4, 3, 0, 1):
+        for a, b in zip(seen[step], again(step), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(seen[0][0], data.Batches(load(tree).train, 6, seed=4)(0)[0])
+    assert not torch.equal(seen[0][0], seen[3][0])
+
+
+def test_resume_decodes_nothing_before_its_step(tree, monkeypatch):
+    decoded = []
+    original = folders.decode
+    monkeypatch.setattr(folders, "decode", lambda path: decoded.append(path) or original(path))
+    batches = data.Batches(load(tree).train, 5, seed=0)
+    batches(1003)
+    assert len(decoded) == 5
+    batches(1003), batches(1004), batches(1003), batches(1004)
+    assert len(decoded) == 10  # the last two are kept
+
+
+def test_an_epoch_visits_every_file_once(tree):
+    batches = data.Batches(load(tree).train, 5, seed=0, augment=False)
+    rows = torch.cat([batches(i)[0] for i in range(4)])
+    assert len({row.numpy().tobytes() for row in rows}) == 20
+    labels = torch.cat([batches(i)[1] for i in range(4)])
+    assert torch.bincount(labels).tolist() == [10, 10]
+
+
+def test_share_reads_this_processes_rows(tree, monkeypatch):
+    whole = data.Batches(load(tree).train, 6, seed=0)(2)
+    monkeypatch.setattr(run, "rows", lambda count: slice(count // 2, count))
+    x, y = data.Batches(load(tree).train, 6, seed=0, share=True)(2)
+    assert torch.equal(x[3:], whole[0][3:]) and torch.equal(y[3:], whole[1][3:])
+    assert not x[:3].any() and len(x) == 6
+
+
+def test_predictions_equal_those_on_tensors(tree):
+    images = load(tree, workers=2).test
+    tensors = images.take(slice(None))
+    assert torch.equal(
+        run.predict(Constant(), images.x, batch_size=3), run.predict(Constant(), tensors.x)
+    )
+    assert torch.equal(images.x[2:5].read(slice(None))[0], tensors.x[2:5])
+    rows = torch.tensor([5, 1, 1])
+    assert torch.equal(images.x[rows], tensors.x[rows])
+
+
+def test_validation_split_stays_undecoded(tree, monkeypatch):
+    monkeypatch.setattr(folders, "decode", lambda path: pytest.fail("decoded"))
+    loaded = load(tree, val_size=6, limit=8)
+    assert torch.bincount(loaded.val.y).tolist() == [3, 3]
+    assert torch.bincount(loaded.train.y).tolist() == [4, 4]
+    assert not set(loaded.val.x.rows) & set(loaded.train.x.rows)
+
+
+def test_logits_are_restricted_to_the_classes_of_a_subset():
+    listing = folders.Listing("/x", ["a"], np.zeros(3, np.int32), np.zeros(3, np.uint8),
+                              np.arange(1, 4))  # fmt: skip
+    files = folders.Files(listing, only=[1, 4])
+    logits = torch.tensor([[9.0, 1, 0, 0, 0], [9, 0, 0, 0, 1], [9, 0, 0, 0, 1]])
+    found, y = files.scored(logits, torch.tensor([1, 4, 1]))
+    assert y.tolist() == [0, 1, 0] and run.metrics(found, y)["error"] == pytest.approx(100 / 3)
+
+
+def test_dead_worker_is_one_line(tree, monkeypatch):
+    monkeypatch.setattr(folders, "decode", lambda path: os._exit(1))
+    with pytest.raises(UserError, match=r"loader: .*fewer --workers"):
+        data.Batches(load(tree, workers=1).train, 5, seed=0)(0)
+
+
+def test_sample_trees(shared):
+    """Real photographs: ten classes of ImageNet, 80 and 25 of each."""
+    loaded = data.load("folder", shared / "data/samples/imagenette", image_size=64, workers=0)
+    assert torch.bincount(loaded.train.y).tolist() == [80] * 10
+    assert torch.bincount(loaded.test.y).tolist() == [25] * 10
+    assert all(trees.is_wnid(name) for name in loaded.classes)
+    x, _ = data.Batches(loaded.train, 8, seed=0)(0)
+    assert x.shape == (8, 3, 64, 64) and 0.2 < x.mean() < 0.8 and x.std() > 0.1
