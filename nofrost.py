@@ -138,13 +138,15 @@ def perturb(model, x, y, args, precision, step):
     TRADES (Zhang et al. 2019) instead climbs KL(f(x) || f(x_adv)) from x + 0.001 N(0,1).
     """
     rng, loss = run.generator(args.seed, "attack", step, device=x.device), "ce"
+    shape = (len(x) * run.world(), *x.shape[1:])  # drawn for the global batch
     if args.loss == "trades":
         with attacks.frozen(model, args.attack_mode) as net, precision.autocast():
             y, loss = F.log_softmax(net(x).float(), 1), divergence
-        noise = torch.randn(x.shape, generator=rng, device=x.device)
+        noise = torch.randn(shape, generator=rng, device=x.device)
         noise = (noise * (0.001 * 255 / args.eps)).clamp_(-1, 1)
     else:
-        noise = attacks.unit_noise(x.shape, args.attack_norm, rng)
+        noise = attacks.unit_noise(shape, args.attack_norm, rng)
+    noise = noise[run.rows(len(noise))]
     return attacks.pgd(
         model, x, y, args.eps, args.alpha, args.attack_steps, args.attack_norm, loss, noise=noise,
         precision=precision, mode=args.attack_mode, capture=args.capture, check=False,
@@ -297,6 +299,8 @@ def robust_error(model, images, args, precision, steps=10, statistics="adversari
     models.use_statistics(model, statistics)
     wrong = 0
     for i, (x, y) in enumerate(zip(images.x.split(250), images.y.split(250), strict=True)):
+        if i % run.world() != run.rank():
+            continue
         rng, x = run.generator(0, "robust", i, device=x.device), run.to_float(x)
         noise = attacks.unit_noise(x.shape, args.attack_norm, rng)
         x_adv = attacks.pgd(
@@ -304,7 +308,7 @@ def robust_error(model, images, args, precision, steps=10, statistics="adversari
         )
         wrong += (run.predict(model, x_adv).argmax(1) != y).sum().item()
     models.use_statistics(model, "adversarial")
-    return 100 * wrong / len(images.y)
+    return 100 * run.summed(torch.tensor(wrong)).item() / len(images.y)
 
 
 def show_attack(record, model, x, y, args, precision, step):
@@ -328,17 +332,12 @@ def train(model, args, batches, held_out, selects, record, precision):
         model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
     )  # fmt: skip
-    start, metrics, best = 0, {}, -1.0
-    if args.resume and (record.dir / "last.pt").exists():
-        checkpoint = run.load_checkpoint(record.dir / "last.pt", device)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, metrics, best = (checkpoint[k] for k in ("step", "metrics", "best"))
-    net = torch.compile(model) if args.compile else model
+    guard = run.Guard(record, "last.pt", model, optimizer, precision, per_epoch, total)
+    metrics, best = guard.state.get("metrics", {}), guard.state.get("best", -1.0)
     probe = held_out.take(slice(0, args.probe_images))
     names = [s for s in args.streams if s != "adv" or attacked]
     sums, count, clock = torch.zeros(len(names) + 5, device=device), 0, time.perf_counter()
-    for step in range(start, total):
+    for step in range(guard.start, total):
         model.train()
         at = step // per_epoch * per_epoch if args.schedule == "epoch" else step
         lr = lr_at(at, total, peak, warmup)
@@ -349,11 +348,12 @@ def train(model, args, batches, held_out, selects, record, precision):
             images[name], labels[name] = batch(step)
         if "tda" in images:
             images["tda"] = debias_texture(images["tda"], run.generator(args.seed, "tda", step))
+        images, labels = ({k: run.share(v)[0] for k, v in d.items()} for d in (images, labels))
         stats = {"zero_grad": torch.zeros((), device=device)}
         if attacked:
             x, y = images["clean"], labels["clean"]
             (images["adv"], stats), labels["adv"] = perturb(model, x, y, args, precision, step), y
-        logits = forward(net, {k: images[k] for k in names}, args, precision)
+        logits = forward(guard.net, {k: images[k] for k in names}, args, precision)
         loss, terms = objective(logits, labels, args)
         optimizer.zero_grad(set_to_none=True)
         precision.scaler.scale(loss).backward()
@@ -361,17 +361,20 @@ def train(model, args, batches, held_out, selects, record, precision):
         if args.agc:
             clip_adaptively((p for n, p in model.named_parameters() if "fc." not in n), args.agc)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
         correct = [(logits[k].detach().argmax(1) == labels[k]).float().mean() for k in
                    ("clean", names[-1])]  # fmt: skip
         shown = [*(terms[k].detach() for k in names), loss.detach(), *correct, norm]
-        sums += torch.stack([*shown, stats["zero_grad"]])
+        if guard.fine(step, lr, loss, norm):
+            precision.scaler.step(optimizer)
+            sums += torch.stack([*shown, stats["zero_grad"]])
+            count += 1
+        precision.scaler.update()
 
-        done, count = step + 1, count + 1
+        done = step + 1
         if done % args.log_every == 0 or done % per_epoch == 0 or done == total:
-            *each, loss, clean, robust, norm, zero = (sums / count).tolist()  # sync point
-            run.check_finite(loss, step, lr, norm)
+            guard.check()  # sync point
+            sums = run.mean(sums / max(count, 1))
+            *each, loss, clean, robust, norm, zero = sums.tolist()
             rate = count * args.batch_size / (time.perf_counter() - clock)
             values = {"loss/total": loss, "train/accuracy": 100 * clean, "train/grad_norm": norm}
             values |= {f"loss/{k}": v for k, v in zip(names, each, strict=True)}
@@ -403,14 +406,12 @@ def train(model, args, batches, held_out, selects, record, precision):
             metrics["pgd_probe_error"] = 100 - robust
             record.record(epoch=epoch, step=done, loss=loss, eval=metrics)
             record.progress(done, total, f"{text}  pgd-10 {robust:.1f} %", done=True)
-            state = {"step": done, "metrics": metrics, "dataset": args.dataset}
-            state |= model.spec | {"model": model.state_dict(), "best": max(best, robust)}
             if selects and robust > best:
-                record.save("best.pt", state)
+                state = {"step": done, "metrics": metrics, "dataset": args.dataset}
+                record.save("best.pt", model.spec | state | {"model": model.state_dict()})
             best = max(best, robust)
-            if epoch % args.save_every == 0 or done == total:
-                record.save("last.pt", state | {"optimizer": optimizer.state_dict()})
             clock = time.perf_counter()
+        guard.save(done, metrics=metrics, best=best, dataset=args.dataset)
     model.eval()
     return metrics
 

@@ -234,6 +234,8 @@ def rows(count):
 def share(*tensors):
     """This process's rows of tensors that hold the global batch. Random numbers drawn from now on
     (dropout) are this process's own; those before are the same everywhere, whatever `world()`."""
+    if len(tensors[0]) % world():
+        raise UserError(f"a batch of {len(tensors[0])} does not divide among {world()} processes")
     if rank():
         torch.manual_seed(seed_key(torch.initial_seed(), rank()))
     return tuple(tensor[rows(len(tensor))] for tensor in tensors)
@@ -431,7 +433,9 @@ def evaluate(model, x, y, precision=None, batch_size=500, mine=False):
         x, y = x[part], y[part]
     if len(y):
         logits = predict(model, x, precision, batch_size)
-        if not isinstance(x, torch.Tensor):  # folders.Files: what was skipped, and a subset of the classes
+        if not isinstance(
+            x, torch.Tensor
+        ):  # folders.Files: what was skipped, and a subset of the classes
             logits, y = x.scored(logits, y)
         found = counts(logits, y)
     else:
