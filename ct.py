@@ -25,6 +25,11 @@ open, each an option:
     python ct.py                                       # embedded shapes data, minutes on a CPU
     python ct.py --dataset cifar100 --arch wrn28       # WRN-28-10, the full job on a GPU
     python ct.py --dataset cifar10 --teacher runs/a/teacher.pt --lam 3 --no-baseline
+    python ct.py --dataset pacs --test-domain all --arch resnet50 --pretrained
+
+With --test-domain, DomainBed's protocol: a domain is left out of training and tested on; of each
+other domain 20 % chooses the epoch (best.pt). Not DomainBed's: batches come from the pooled domains
+(there 32 of each), no colour jitter and greys, BatchNorm is not frozen, SGD instead of Adam.
 
 1 to 4 were chosen on a validation split of CIFAR-10 and the four extra corruptions, never on the
 benchmark's 15; the README has the measurements.
@@ -32,12 +37,14 @@ benchmark's 15; the README has the measurements.
 
 import argparse
 import copy
+import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import corruptions, data, models, run
+from common import attacks, corruptions, data, models, run
 
 # --- options ------------------------------------------------------------------------------------
 
@@ -56,6 +63,10 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model and optimisation")
     group.add_argument("--arch", help="default: wrn10-1, wrn40-2, resnet18 by data")
     group.add_argument("--norm", default="bn", help="the student's normaliser: bn, gn, none")
+    group.add_argument(
+        "--pretrained", nargs="?", const="torchvision", metavar="FILE",
+        help="start from torchvision's ImageNet weights: in its cache, or this file",
+    )  # fmt: skip
     group.add_argument("--epochs", type=run.positive(int), help="default: 10, 100, 90 by data")
     group.add_argument("--batch-size", type=run.positive(int), default=128)
     group.add_argument("--lr", type=run.positive(float), default=0.1, help="peak rate")
@@ -88,6 +99,9 @@ def parse_args(argv=None):
     arch, epochs = DEFAULTS.get(args.dataset.removesuffix(".1"), DEFAULTS["photographs"])
     args.arch, args.epochs = args.arch or arch, args.epochs or epochs
     args.teacher_epochs = args.teacher_epochs or args.epochs
+    if args.test_domain and not args.out:
+        name = f"ct-{args.dataset}-domains-{args.arch}-s{args.seed}"
+        args.out = str(Path("runs") / name / args.test_domain.removesuffix("all"))
     args.match = args.match or ("logits" if args.distance == "kl" else "features")
     if args.distance == "kl" and args.match != "logits":
         raise run.UserError("--distance kl compares distributions: use --match logits")
@@ -130,7 +144,42 @@ def build(norm, args, dataset, device):
     """A network for this run; its weights depend on the seed and the normaliser alone."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
     model = models.build(args.arch, norm, **dataset.model_kwargs)
+    if args.pretrained:
+        load_pretrained(model, args.pretrained)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def load_pretrained(model, file):
+    """Give `model` the backbone of ImageNet weights. Without BatchNorm it gets the convolutions
+    with BatchNorm folded in: the same function of an image as the other's in evaluation mode."""
+    arch, norm = model.spec["arch"], model.spec["norm"]
+    if norm not in ("bn", "none") or arch not in models.IMAGENET_RESNETS:
+        known = ", ".join(models.IMAGENET_RESNETS)
+        raise run.UserError(f"--pretrained: for {known} with norm bn or none, not {arch}, {norm}")
+    if file == "torchvision":
+        from torchvision.models import get_model_weights
+
+        url = get_model_weights(arch).IMAGENET1K_V1.url
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        if not file.is_file():
+            raise run.UserError(f"--pretrained: no {file}; put {url} there, or name a file")
+    source = models.build(arch, "bn", 1000, 224)
+    models.load_foreign(source, run.load_checkpoint(file, foreign=True))
+    modules, weights = dict(source.named_modules()), source.state_dict()
+    if norm == "none":
+        weights = {}
+        for name in [n for n, m in modules.items() if isinstance(m, torch.nn.Conv2d)]:
+            shortcut = name.removesuffix("downsample.0") + "downsample.1"
+            follows = shortcut if "downsample" in name else name.replace("conv", "bn")
+            pair = attacks.folded(modules[name], modules[follows])
+            weights[f"{name}.weight"], weights[f"{name}.bias"] = pair
+    own = model.state_dict()
+    weights = {k: v for k, v in weights.items() if not k.startswith(("fc.", "normalize."))}
+    try:
+        model.load_state_dict(own | weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:100]
+        raise run.UserError(f"--pretrained: {arch} for this image size differs: {reason}") from None
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -149,12 +198,14 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
 
     stage: "teacher", "baseline" or "student": the prefix of its scalars and the name of its
     checkpoint (last.pt for the student). A stage whose checkpoint is in the run directory goes on
-    from there, or is skipped when that was its end.
+    from there, or is skipped when that was its end. With --test-domain the model ends with the
+    weights of least validation error among those evaluated, those of best.pt or <stage>-best.pt.
     """
     own = stage == "teacher"
     epochs, peak = (args.teacher_epochs, args.teacher_lr) if own else (args.epochs, args.lr)
     clip = (args.teacher_clip if own else args.clip) or float("inf")
     file = "last.pt" if stage == "student" else f"{stage}.pt"
+    selected = "best.pt" if stage == "student" else f"{stage}-best.pt"
     device = next(model.parameters()).device
     total, warmup = epochs * batches.per_epoch, round(args.warmup * batches.per_epoch)
     optimizer = torch.optim.SGD(
@@ -208,7 +259,14 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
         if done % batches.per_epoch == 0:
             epoch = done // batches.per_epoch
             if epoch % args.eval_every == 0 or done == total:
+                least = metrics.get("least_error", float("inf"))
                 metrics = run.evaluate(model, *held_out, precision)
+                if args.test_domain:
+                    state = {"stage": stage, "step": done, "metrics": metrics}
+                    state |= model.spec | {"dataset": args.dataset, "model": model.state_dict()}
+                    if metrics["error"] < least:
+                        record.save(selected, state)
+                    metrics["least_error"] = min(least, metrics["error"])
                 metrics["probe_error"] = run.evaluate(model, *probe, precision)["error"]
                 shown = {"error": metrics["error"], "probe_error": metrics["probe_error"]}
                 record.scalars(done, {f"{stage}/{k}": v for k, v in shown.items()})
@@ -217,6 +275,8 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
             record.progress(done, total, text, done=True)
             clock = time.perf_counter()
         guard.save(done, stage=stage, metrics=metrics, dataset=args.dataset)
+    if args.test_domain:
+        model.load_state_dict(run.load_checkpoint(record.dir / selected, device)["model"])
     model.eval()
     return metrics
 
@@ -224,24 +284,48 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
 # --- main ---------------------------------------------------------------------------------------
 
 
-def corrupted_error(networks, images, precision, data_dir):
+def corrupted_error(networks, images, precision, data_dir, scale=None):
     """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
     sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
     index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
     for name in corruptions.NAMES:
         for severity in range(1, 6):
-            x = corruptions.corrupt(mine.x, name, severity, index=index, data_dir=data_dir)
+            options = {"index": index, "data_dir": data_dir, "scale": scale}
+            x = corruptions.corrupt(mine.x, name, severity, **options)
             for key, model in networks.items():
                 sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}
 
 
+def each_domain(args):
+    """A run for every domain left out, in <out>/<domain>. Returns {key/domain: value}."""
+    names, final = data.domain_names(args.dataset, args.data_dir), {}
+    for name in names:
+        out = Path(args.out) / name
+        resume = str(out) if args.resume and (out / "args.json").is_file() else None
+        own = {"test_domain": name, "out": str(out), "resume": resume}
+        found = main(argparse.Namespace(**vars(args) | own))
+        final |= {f"{key}/{name}": value for key, value in found.items()}
+    rows = []
+    for stage in ("teacher", "baseline", "student"):
+        values = [100 - final[k] for n in names if (k := f"error/{stage}/{n}") in final]
+        if values:
+            rows.append([stage, *values, statistics.mean(values)])
+    print(f"\n{run.table(rows, ['accuracy % on', *names, 'average'])}")
+    print(f"each left out of training, {args.dataset}, seed {args.seed}; over seeds:")
+    print(f"python eval/domains.py {args.out} --data-dir {args.data_dir}")
+    return final
+
+
 def main(args):
+    if args.test_domain == "all":
+        return each_domain(args)
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
     # Whatever may refuse an option comes before the run directory.
-    batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
+    settings = args.augment, dataset.flip, True
+    batches = data.Batches(dataset.train, args.batch_size, args.seed, *settings)
     student = build(args.norm, args, dataset, device)
     teacher, wanted = None, args.lam or args.student_init == "teacher"
     if args.teacher and wanted:
@@ -284,14 +368,16 @@ def main(args):
     rows = [[titles[k], 100 - v["error"]] for k, v in results.items()]
     if args.corrupted_images:
         subset = dataset.test.take(slice(0, args.corrupted_images))
-        errors = corrupted_error(networks, subset, precision, args.data_dir)
+        errors = corrupted_error(networks, subset, precision, args.data_dir, dataset.scale)
         final |= {f"corrupted/{k}": v for k, v in errors.items()}
         header.append("corrupted")
         for row, value in zip(rows, errors.values(), strict=True):
             row.append(100 - value)
     record.close(final)
     print(f"\n{run.table(rows, header)}")
-    print(f"{args.dataset} test, {len(dataset.test.y)} images, last epoch, seed {args.seed}")
+    chosen = "epoch of least validation error" if args.test_domain else "last epoch"
+    what = f"{args.dataset} {args.test_domain or 'test'}, {len(dataset.test.y)} images"
+    print(f"{what}, {chosen}, seed {args.seed}")
     if args.corrupted_images:
         texture = corruptions.frost_textures(data_dir=args.data_dir)[1]
         print(f"corrupted: mean over 15 corruptions x 5 severities, {len(subset.y)} images,")
