@@ -81,7 +81,7 @@ def add_arguments(parser):
     )  # fmt: skip
     group.add_argument(
         "--test-domain", metavar="NAME",
-        help="test on this domain, train on the others (vlcs, pacs, camelyon17, domains, shapes)",
+        help="test on it, train on the others (vlcs, pacs, camelyon17, domains, shapes); ct.py: all",
     )  # fmt: skip
     group.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
     group.add_argument("--strict", action="store_true", help="stop at a file that is no image")
@@ -118,6 +118,8 @@ def load(
         raise UserError(f"--image-size {image_size}: {name} has 32 pixels")
     if test_domain and name not in DOMAINS:
         raise UserError(f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have")
+    if test_domain == "all":
+        raise UserError("--test-domain all: ct.py trains one network for each; here name one")
     if test_domain and val_size:
         raise UserError("--val-size: with --test-domain it is 20 % of every training domain")
     data_dir, val, stats = Path(data_dir), None, IMAGENET_STATS
@@ -242,6 +244,13 @@ def read_npz(path):
     if len(classes) < count:
         raise UserError(f"{path}: {len(classes)} class names for labels up to {count - 1}")
     return *parts, classes
+
+
+def domain_names(name, data_dir="data"):
+    """The domains of a set that are there, for `test_domain`."""
+    if name not in DOMAINS:
+        raise UserError(f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have")
+    return list(shapes.STYLES) if name == "shapes" else trees.domain_names(name, Path(data_dir))
 
 
 def read_domains(name, data_dir, seed, test_domain, size, options):

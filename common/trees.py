@@ -292,15 +292,22 @@ def read_tiny_imagenet(data_dir, size, options):
 # --- domains --------------------------------------------------------------------------------------
 
 
+def domain_root(name, data_dir):
+    """The folder whose folders are the domains of vlcs, pacs or domains."""
+    if name == "domains":
+        return data_dir
+    return find(name, data_dir, (name.upper(), name), DOMAINS[name][0])
+
+
 def domain_names(name, data_dir):
-    """The domains of a set; of `domains` the folders of data_dir."""
-    if name not in DOMAINS:
-        raise UserError(f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have")
-    if DOMAINS[name][0]:
+    """The domains that are there."""
+    if name == "camelyon17":
         return list(DOMAINS[name][0])
-    names = class_folders(Path(data_dir)) if Path(data_dir).is_dir() else []
+    root = domain_root(name, data_dir)
+    there = class_folders(root) if root.is_dir() else []
+    names = [d for d in DOMAINS[name][0] or there if d in there]
     if len(names) < 2:
-        raise UserError(f"domains: no {data_dir}/<domain>/<class>/* with two domains or more")
+        raise UserError(f"{name}: no {root}/<domain>/<class>/* with two domains or more")
     return names
 
 
@@ -308,9 +315,7 @@ def read_domain_tree(name, data_dir, size, options):
     """(Images of all domains, domain int64 (N,), names, classes) of <domain>/<class>/*. A domain
     may lack classes; one that is missing altogether is left out."""
     wanted, classes = DOMAINS[name]
-    wanted = wanted or domain_names(name, data_dir)
-    places = (name.upper(), name) if name != "domains" else ()
-    root = find(name, data_dir, places, wanted) if places else data_dir
+    root, wanted = domain_root(name, data_dir), wanted or domain_names(name, data_dir)
     listing = listed(root, title=name)
     found, domain = listing.part(0)
     names = [d for d in wanted if d in found]
