@@ -12,13 +12,16 @@ without branches is He fan-in. Warm-up and gradient clipping are the scripts' pa
 """
 
 import re
+from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import stochastic_depth
 
+from common import run
 from common.run import UserError
 
 # --- layers a normaliser decides ------------------------------------------------------------------
@@ -1042,3 +1045,89 @@ def load_foreign(model, state):
         raise UserError(f"the state_dict is no {arch}: {len(wrong)} entries differ, as {wrong[0]}")
     model.load_state_dict(renamed)
     return model.eval()
+
+
+# --- networks to evaluate -------------------------------------------------------------------------
+
+
+def add_arguments(parser):
+    """Add the networks of an evaluation: checkpoints, state_dicts, torchvision's names."""
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        help="runs/x/last.pt, a run directory, or torchvision:resnet50 (ImageNet)",
+    )  # fmt: skip
+    group = parser.add_argument_group("state_dict of another project")
+    group.add_argument("--arch")
+    group.add_argument("--model-norm", default="bn", choices=NORMS, help="its normalisation")
+    group.add_argument("--dataset", help="cifar10, ...: what it was trained on")
+    group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")
+    group.add_argument("--std", type=triple, metavar="R,G,B")
+
+
+def triple(text):
+    """argparse type: three numbers."""
+    values = tuple(float(v) for v in text.split(","))
+    if len(values) != 3:
+        raise ValueError(text)
+    return values
+
+
+def from_torchvision(name):
+    """An ImageNet network of torchvision with its best weights, normalisation inside."""
+    from torchvision.models import get_model, get_model_weights
+
+    try:
+        weights = get_model_weights(name).DEFAULT
+        net = get_model(name, weights=weights)
+    except (ValueError, AttributeError):
+        raise UserError(f"torchvision:{name}: torchvision has no such network") from None
+    except OSError as error:
+        raise UserError(f"torchvision:{name}: its weights cannot be fetched ({error})") from None
+    form = weights.transforms()
+    model = nn.Sequential(OrderedDict(normalize=Normalize(form.mean, form.std), net=net)).eval()
+    classes = len(weights.meta["categories"])
+    model.spec = {
+        "arch": name, "norm": "torchvision", "num_classes": classes,
+        "image_size": form.crop_size[0],
+    }  # fmt: skip
+    return model
+
+
+def for_evaluation(args, device):
+    """Networks of `add_arguments`: ([(label, model, facts)], name of the one data set of all).
+    facts: what the results file says of a network; its options are without paths."""
+    networks, paths = [], ("out", "data_dir", "teacher", "device")
+    for path in args.checkpoints:
+        label = Path(path).stem
+        if str(path).startswith("torchvision:"):
+            label = str(path).partition(":")[2]
+            model = from_torchvision(label)
+            facts = model.spec | {"dataset": "imagenet", "method": "torchvision"}
+        elif args.arch:
+            if not (args.dataset and args.mean and args.std):
+                raise UserError("--arch goes with --dataset, --mean and --std")
+            state = run.load_checkpoint(path, foreign=True)
+            tensors = next((state[k] for k in ("state_dict", "model", "net") if k in state), state)
+            heads = [v for v in tensors.values() if isinstance(v, torch.Tensor) and v.ndim == 2]
+            classes = len(heads[-1]) if heads else 10
+            model = build(args.arch, args.model_norm, classes, 32, args.mean, args.std)
+            load_foreign(model, state)
+            facts = model.spec | {"dataset": args.dataset, "method": "foreign"}
+        else:
+            checkpoint = run.load_checkpoint(path)
+            model = from_checkpoint(checkpoint)
+            keys = ("method", "stage", "arch", "norm", "dataset", "num_classes", "step")
+            facts = {k: checkpoint.get(k) for k in keys}
+            options = checkpoint.get("args", {}).items()
+            facts["options"] = {k: v for k, v in options if k not in paths}
+            place = Path(path)
+            if place.is_dir() or place.name == "last.pt":
+                label = (place if place.is_dir() else place.parent).name or "last"
+            else:
+                label = f"{place.parent.name}/{place.stem}".strip("/")
+        model.to(device, memory_format=torch.channels_last)
+        networks.append((label, model, facts | {"checkpoint": str(path)}))
+    found = sorted({str(facts["dataset"]) for _, _, facts in networks})
+    if len(found) > 1:
+        raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
+    return networks, found[0]
