@@ -137,3 +137,101 @@ def test_foreign_state_of_another_network():
     state = models.build("resnet8").state_dict()
     with pytest.raises(UserError, match=r"no resnet20: \d+ entries differ"):
         models.load_foreign(models.build("resnet20"), state)
+
+
+# --- normaliser-free networks and the normalisers of nofrost.py -----------------------------------
+
+NORM_FREE = {"nf_resnet26": 15_995_176, "nf_resnet50": 25_557_032}  # as timm's
+
+
+@pytest.mark.parametrize("arch", NORM_FREE)
+def test_norm_free_resnets_have_timms_size(arch):
+    assert count(models.build(arch, "nf", 1000, 224)) == NORM_FREE[arch]
+
+
+@pytest.mark.parametrize("arch", NORM_FREE)
+def test_norm_free_resnets_are_timms(arch):
+    """With timm's weights the same outputs."""
+    ours = models.build(arch, "nf", 1000, 224, (0.0,) * 3, (1.0,) * 3)
+    theirs = pytest.importorskip("timm").create_model(arch).eval()
+    with torch.no_grad():  # away from the start, where branches are exactly zero
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p) * (p.std() if p.numel() > 1 and p.std() > 0 else 1))
+    models.load_foreign(ours, theirs.state_dict())
+    x = torch.rand(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert (ours(x) - theirs(x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet20", "wrn16-2", "nf_resnet26"])
+def test_norm_free_nets_keep_the_variance(arch):
+    """For small images: no normaliser inside, branches off at the start, signal neither lost nor
+    blown up with every branch switched on (Brock et al. 2021), gradients finite."""
+    model = models.build(arch, "nf")
+    kinds = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
+    assert not any(isinstance(m, kinds) for m in model.modules())
+    x = torch.randn(256, 3, 1, 1).expand(-1, -1, 32, 32)  # pooling would shrink white noise
+    blocks = [m for m in model.modules() if hasattr(m, "branch")]
+    stem = model.stem(x)
+    start = model.stages(stem)
+    assert all(m.conv2.gain.eq(0).all() for m in blocks if len(m.branch) == 2)
+    for block in blocks:
+        torch.nn.init.ones_(getattr(block, block.branch[-1]).gain)
+    spread = model.stages(stem).var().item()
+    assert 0.3 < spread < 3 and not torch.equal(start, model.stages(stem))
+    model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_scaled_weight_standardisation_by_hand():
+    conv = models.ScaledStdConv2d(5, 4, 3)
+    torch.nn.init.normal_(conv.gain)
+    w = conv.weight.flatten(1)
+    mean, var = w.mean(1, keepdim=True), w.var(1, correction=0, keepdim=True)
+    expected = conv.gamma * conv.gain.flatten(1) * (w - mean) / (45 * (var + 1e-5)).sqrt()
+    assert torch.allclose(conv.standardized().flatten(1), expected, atol=1e-6)
+    assert conv.gamma == pytest.approx((2 / (1 - 1 / torch.pi)) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["in", "ln", "dual-bn"])
+@pytest.mark.parametrize("arch", ["resnet8", "wrn10-1"])
+def test_other_normalisers(arch, norm):
+    model = models.build(arch, norm)
+    model(torch.rand(4, 3, 32, 32)).sum().backward()
+    unused = {n for n, p in model.named_parameters() if p.grad is None}
+    assert all(".clean." in n for n in unused) and bool(unused) == (norm == "dual-bn")
+
+
+def test_dual_statistics_are_apart():
+    model, x = models.build("resnet8", "dual-bn").train(), torch.rand(8, 3, 32, 32)
+    models.use_statistics(model, "clean")
+    model(x)
+    assert model.bn1.clean.num_batches_tracked == 1
+    assert model.bn1.adversarial.num_batches_tracked == 0
+    model.eval()
+    clean = model(x)
+    models.use_statistics(model, "adversarial")
+    assert not torch.allclose(model(x), clean)
+
+
+@pytest.mark.parametrize("arch, norm", [("resnet20", "bn"), ("wrn16-1", "bn"), ("resnet20", "nf")])
+def test_stochastic_depth(arch, norm):
+    """Rates rise linearly; a dropped image's branch is zero, a kept one's is 1/(1-p) as large."""
+    model = models.build(arch, norm)
+    blocks = [m for m in model.modules() if hasattr(m, "branch")]
+    models.set_drop_path(model, 0.4)
+    rates = [block.drop_path for block in blocks]
+    assert rates == pytest.approx([0.4 * i / (len(blocks) - 1) for i in range(len(blocks))])
+    x, block = torch.ones(2000, 4, 1, 1), blocks[-1].train()
+    out = models.drop_path(x, block).flatten(1)
+    assert (out == out[:, :1]).all() and out.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert abs((out[:, 0] == 0).float().mean() - 0.4) < 4 * (0.24 / 2000) ** 0.5
+    assert torch.equal(models.drop_path(x, block.eval()), x)
+
+
+@pytest.mark.parametrize("arch, norm, text", [
+    ("nf_resnet50", "bn", "no normaliser, so --norm nf"), ("vgg11", "nf", "not for vgg11"),
+])  # fmt: skip
+def test_norm_free_pairs_that_do_not_exist(arch, norm, text):
+    with pytest.raises(UserError, match=text):
+        models.build(arch, norm)
