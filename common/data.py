@@ -81,7 +81,7 @@ def add_arguments(parser):
     )  # fmt: skip
     group.add_argument(
         "--test-domain", metavar="NAME",
-        help="test on it, train on the others (vlcs, pacs, camelyon17, domains, shapes); ct.py: all",
+        help="test on this domain, train on the others; ct.py: all, one after the other",
     )  # fmt: skip
     group.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
     group.add_argument("--strict", action="store_true", help="stop at a file that is no image")

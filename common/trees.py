@@ -7,7 +7,6 @@ Nothing is downloaded.
 
 import csv
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -1,0 +1,181 @@
+"""Accuracy on domains that training has not seen, as one table.
+
+    python ct.py --dataset pacs --test-domain all --seed 0 --out runs/pacs/0     # and seeds 1, 2
+    python eval/domains.py runs/pacs --data-dir data
+    python eval/domains.py runs/camelyon/last.pt runs/in9/last.pt
+
+Finds the checkpoints below the folders that are given and evaluates each on the domain that its
+training left out: with --test-domain those of the epoch that the training domains' validation
+images chose (best.pt, <stage>-best.pt; DomainBed's "training-domain validation"). Columns are
+domains. "average" is taken over the domains for every seed, then over the seeds; +- is the sample
+standard deviation over the seeds.
+
+Trained on camelyon17's official splits, the columns are id_val, val (hospital 1) and test (hospital
+2); on IN-9, original, mixed-same, mixed-rand and the BG-gap, mixed-same less mixed-rand. Percent.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import data, models, run, trees
+
+PATHS = ("out", "data_dir", "teacher", "device", "pretrained", "workers")
+# Options that do not make another method of it.
+NOT_OPTIONS = {*PATHS, "seed", "test_domain", "baseline", "log_every", "save_every", "keep"}
+NOT_OPTIONS |= {"save_minutes", "corrupted_images", "strict", "max_skips", "dataset"}
+
+
+def parse_args(argv=None):
+    parser = run.Parser(__file__, __doc__)
+    parser.add_argument("checkpoints", nargs="+", help="run directories, folders of them, or files")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--batch-size", type=run.positive(int), default=250)
+    parser.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that is no image")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--json", help="default: domains.json beside the first checkpoint")
+    return parser.parse_args(argv)
+
+
+def find(paths):
+    """The checkpoint files below `paths`: of each run directory those that validation chose, else
+    last.pt, baseline.pt and teacher.pt."""
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        for folder in sorted({p.parent for p in path.rglob("args.json")} | {path}):
+            names = [f"{stage}-best.pt" for stage in ("teacher", "baseline")] + ["best.pt"]
+            if not any((folder / name).is_file() for name in names):
+                names = ["teacher.pt", "baseline.pt", "last.pt"]
+            found += [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise run.UserError(f"{', '.join(paths)}: no checkpoints there")
+    return list(dict.fromkeys(found))
+
+
+def test_sets(dataset, domain, size, args, device):
+    """{column: Images} on which a network trained so is tested."""
+    options = {"device": device, "workers": args.workers, "strict": args.strict}
+    if domain:
+        options |= {"image_size": size, "test_domain": domain}
+        return {domain: data.load(dataset, args.data_dir, **options).test}
+    if dataset == "camelyon17":
+        images, _, _, _, split = trees.read_camelyon17(Path(args.data_dir), size, options)
+        number = {"id_val": 1, "val": 3, "test": 2}
+        parts = {k: images.subset((split == n).nonzero().flatten()) for k, n in number.items()}
+        return {k: part.to(device) for k, part in parts.items()}
+    if dataset in trees.IN9_TESTS:
+        names = {name.removeprefix("in9-"): name for name in trees.IN9_TESTS}
+        names["original"] = names.pop("in9")
+        options["image_size"] = size
+        order = ("original", "mixed-same", "mixed-rand")
+        return {k: data.load(names[k], args.data_dir, **options).test for k in order}
+    raise run.UserError(
+        f"{dataset}: its training left no domain out; train with --test-domain, on camelyon17 or in9"
+    )
+
+
+def evaluate(path, cache, args, precision, device):
+    """Facts and accuracies (%) of one checkpoint: {"accuracy": {column: value}, ...}."""
+    checkpoint = run.load_checkpoint(path)
+    options = checkpoint.get("args", {})
+    domain, dataset = options.get("test_domain"), str(checkpoint.get("dataset"))
+    key = (dataset, domain, checkpoint["image_size"])
+    if key not in cache:
+        cache[key] = test_sets(*key, args, device)
+    model = models.from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
+    found = {}
+    for column, images in cache[key].items():
+        error = run.evaluate(model, *images, precision, args.batch_size)["error"]
+        found[column] = 100 - error
+    if dataset in trees.IN9_TESTS:
+        found["BG-gap"] = found["mixed-same"] - found["mixed-rand"]
+    facts = {k: checkpoint.get(k) for k in ("method", "stage", "arch", "norm", "dataset", "step")}
+    facts |= {"checkpoint": str(path), "seed": options.get("seed"), "test_domain": domain}
+    facts["options"] = {k: v for k, v in options.items() if k not in PATHS}
+    facts["val_error"] = checkpoint.get("metrics", {}).get("error")
+    facts["images"] = {k: len(v.y) for k, v in cache[key].items()}
+    facts["unreadable"] = {k: len(getattr(v.x, "bad", ())) for k, v in cache[key].items()}
+    return facts | {"accuracy": found}
+
+
+def settings(entry):
+    """What tells one row from another: the options and the stage, without seed and domain."""
+    options = {k: v for k, v in entry["options"].items() if k not in NOT_OPTIONS}
+    keys = ("dataset", "method", "stage", "arch", "norm")
+    return options | {k: entry[k] for k in keys}
+
+
+def spread(values):
+    """ "mean +- sd" over seeds; without sd for a single one."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def tabulate(entries):
+    """(header, rows): a row for each method, over its seeds."""
+    columns = list(dict.fromkeys(c for e in entries for c in e["accuracy"]))
+    domains = any(e["test_domain"] for e in entries)
+    groups = {}
+    for entry in entries:
+        seeds = groups.setdefault(json.dumps(settings(entry), sort_keys=True), {})
+        found = seeds.setdefault(entry["seed"], {})
+        for column, value in entry["accuracy"].items():
+            if column in found:
+                raise run.UserError(f"{entry['checkpoint']}: a second result for {column}")
+            found[column] = value
+    options = [json.loads(key) for key in groups]
+    every = sorted({name for o in options for name in o})
+    differ = [n for n in every if len({json.dumps(o.get(n)) for o in options}) > 1]
+    rows = []
+    for option, seeds in zip(options, groups.values(), strict=True):
+        words = [f"{n} {option[n]}" for n in differ if option.get(n) is not None]
+        cells = []
+        for column in columns:
+            values = [found[column] for found in seeds.values() if column in found]
+            cells.append(spread(values) if values else "-")
+        if domains:  # over the domains first, for seeds that have all of them
+            whole = [f for f in seeds.values() if len(f) == len(columns)]
+            means = [statistics.mean(found.values()) for found in whole]
+            cells.append(spread(means) if means else "-")
+        rows.append([", ".join(words) or "all", *cells, len(seeds)])
+    return ["accuracy %", *columns, *(["average"] if domains else []), "seeds"], rows
+
+
+def main(args):
+    device = run.get_device(args.device)
+    precision = run.Precision(args.precision, device)
+    paths, cache = find(args.checkpoints), {}
+    entries = [evaluate(path, cache, args, precision, device) for path in paths]
+    sets = sorted({e["dataset"] for e in entries})
+    if len(sets) > 1:
+        raise run.UserError(f"the checkpoints are of different data sets: {', '.join(sets)}")
+    header, rows = tabulate(entries)
+    print(run.table(rows, header))
+    counts = {k: n for e in entries for k, n in e["images"].items()}
+    print(f"\n{sets[0]}: {', '.join(f'{k} {n} images' for k, n in counts.items())}")
+    output = {
+        "command": "python " + " ".join(["eval/domains.py", *sys.argv[1:]]),
+        "versions": run.versions(), "dataset": sets[0], "precision": precision.name,
+        "table": [header, *rows], "checkpoints": entries,
+    }  # fmt: skip
+    path = Path(args.json or paths[0].parent / "domains.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(output, indent=1) + "\n")
+    except OSError as error:
+        raise run.UserError(f"cannot write {path}: {error.strerror}; give --json") from None
+    print(f"written: {path}")
+    return output
+
+
+if __name__ == "__main__":
+    run.cli(main, parse_args)
