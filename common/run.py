@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -269,7 +270,9 @@ def spread(model):
             kind = type(module)
             module.__class__ = type(f"Sync{kind.__name__}", (kind, base), {"process_group": None})
     ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the new name of broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 class Sum(torch.autograd.Function):

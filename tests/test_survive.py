@@ -155,9 +155,7 @@ def kill(tmp_path, kills, seed):
     """(kills, those within the writing of a checkpoint, runs compared), of ct.py's two stages."""
     options = "--epochs 4 --no-baseline --eval-every 4 --save-minutes 1e-9 --keep 3".split()
     command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path), str(kills), str(seed)]
-    done = subprocess.run(
-        [*command, *TINY, *options], cwd=run.ROOT, text=True, capture_output=True
-    )
+    done = subprocess.run([*command, *TINY, *options], cwd=run.ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return [int(n) for n in done.stdout.split()[-3:]]
 

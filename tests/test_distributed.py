@@ -1,0 +1,279 @@
+"""Runs over several processes (gloo, CPU): the numbers of one process, whatever their number."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from common import run
+
+# Imports once, then forks the processes of a job with what torchrun puts in their environment.
+JOB = """
+    import importlib, os, sys, torch
+    from torch.utils.tensorboard import SummaryWriter
+    from common import data, models, run
+    import ct, bn_ablation, fixup_penalty, nofrost
+    torch.set_num_threads(1)
+    data.SHAPES_SIZES.update(train=96, test=41)
+    world, port = int(sys.argv[1]), sys.argv[2]
+
+    {functions}
+
+    def job():
+        {body}
+
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            code = 1
+            try:
+                if world > 1:
+                    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+                    values = str(rank), str(rank), str(world), "127.0.0.1", port
+                    os.environ.update(zip(names, values))
+                run.cli(lambda _: job(), lambda: None)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print("exit codes", codes)
+    sys.exit(max(codes))
+"""
+
+
+def processes(world, body, functions="pass"):
+    """Run `body` in `world` processes; what they print. Every one must end with status 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = textwrap.dedent(JOB).format(
+        functions=textwrap.dedent(functions), body=textwrap.indent(textwrap.dedent(body), " " * 4)
+    )
+    command = [sys.executable, "-c", code, str(world), port]
+    done = subprocess.run(command, cwd=run.ROOT, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# 20 steps each, without BatchNorm.
+TRAINERS = {
+    "ct": "--arch resnet8 --norm gn --lam 1 --epochs 5 --no-baseline --corrupted-images 11",
+    "fixup_penalty": "--arch resnet8 --norm none --mixup 1 --penalty embedding --epochs 5 "
+    "--corrupted-images 0",
+    "bn_ablation": "--arch vgg11-4 --norms none,bn --steps 20 --measure-every 10 --log-every 10",
+    "nofrost": "--arch wrn10-1 --norm nf --epochs 5 --attack-steps 2 --robust-images 30",
+}
+ALWAYS = "--batch-size 24 --precision fp32 --device cpu --keep 1"
+
+
+def train_all(folder, world):
+    body = ""
+    for name, options in TRAINERS.items():
+        argv = [*options.split(), *ALWAYS.split(), "--out", str(folder / name)]
+        body += f"print({name!r}, {name}.main({name}.parse_args({argv!r})))\n"
+    return processes(world, body)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def distance(a, b):
+    """Largest difference of two files' weights."""
+    a, b = weights(a), weights(b)
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{number of processes: folder with a run of every trainer}."""
+    folders = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2, 4)}
+    for world, folder in folders.items():
+        train_all(folder, world)
+    return folders
+
+
+FILES = ["ct/teacher.pt", "ct/last.pt", "fixup_penalty/last.pt", "bn_ablation/none-lr0.1.pt",
+         "nofrost/last.pt"]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("file", FILES)
+def test_weights_after_20_steps(trained, world, file):
+    """Without BatchNorm, to 1e-5 of those of one process; 20 steps are far more than that away."""
+    assert run.load_checkpoint(trained[world] / file)["step"] == 20
+    assert distance(trained[1] / file, trained[world] / file) < 1e-5
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_process_writes(trained, world):
+    """One event file and each line of the log once, with the numbers of one process."""
+    for name in TRAINERS:
+        logs = []
+        for folder in (trained[1] / name, trained[world] / name):
+            assert len(list(folder.glob("events.out.*"))) == 1
+            text = (folder / "log.jsonl").read_text().splitlines()
+            logs.append([json.loads(line) for line in text])
+        a, b = ([line for line in log if "loss" in line] for log in logs)
+        assert len(a) == len(b) > 0
+        for x, y in zip(a, b, strict=True):
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
+        ends = [log[-1] for log in logs]
+        assert ends[0]["event"] == "end" and ends[0].keys() == ends[1].keys()
+
+
+FUNCTIONS = """
+    def network(seed=0, norm="bn"):
+        torch.manual_seed(seed)
+        return models.build("resnet8", norm).double()
+
+    def step(net, x, y):
+        loss = torch.nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss.detach()
+
+    def batch(n):
+        rng = torch.Generator().manual_seed(5)
+        return torch.rand(n, 3, 32, 32, generator=rng).double(), torch.randint(10, (n,), generator=rng)
+"""
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_batch_norm_is_that_of_the_global_batch(world):
+    """In fp64: loss, gradients and running statistics of resnet8 equal those of one process."""
+    body = """
+        run.get_device("cpu")
+        x, y = batch(8)
+        for norm in ("bn", "dual-bn"):
+            alone, model = network(norm=norm), network(norm=norm)
+            net = run.spread(model)
+            expected, found = step(alone, x, y), run.mean(step(net, *run.share(x, y)))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            for a, b in zip(model.parameters(), alone.parameters()):
+                if b.grad is not None:
+                    torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+            have, want = model.state_dict(), alone.state_dict()
+            assert have.keys() == want.keys()
+            for key in want:
+                torch.testing.assert_close(have[key], want[key], rtol=1e-9, atol=1e-12)
+            model.eval(), alone.eval()
+            torch.testing.assert_close(model(x), alone(x), rtol=1e-9, atol=1e-9)
+        print("equal")
+    """
+    assert "equal" in processes(world, body, FUNCTIONS)
+
+
+def test_evaluation_counts_every_image_once():
+    """41 images over 4 processes: the same counts; a share may be empty."""
+    body = """
+        run.get_device("cpu")
+        model = network(norm="none").float().eval()
+        for n in (41, 3, 1):
+            x, y = batch(n)
+            x = x.float()
+            alone = run.metrics(run.predict(model, x), y)
+            found = run.evaluate(model, x, y)
+            assert found["error"] == alone["error"]
+            assert abs(found["loss"] - alone["loss"]) < 1e-6 and abs(found["ece"] - alone["ece"]) < 1e-4
+            parts = [run.rows(n)]
+            assert run.summed(torch.tensor(parts[0].stop - parts[0].start)).item() == n
+        print("equal")
+    """
+    assert "equal" in processes(4, body, FUNCTIONS)
+
+
+def test_random_numbers_are_a_process_own_only_after_sharing():
+    body = """
+        run.get_device("cpu")
+        torch.manual_seed(3)
+        before = torch.rand(())
+        x, = run.share(torch.arange(4))
+        after = torch.rand(())
+        assert run.summed(before) == 2 * before
+        assert (run.summed(after) - 2 * after).abs() > 1e-3
+        assert x.tolist() == [[0, 1], [2, 3]][run.rank()]
+        print("right")
+    """
+    assert "right" in processes(2, body)
+
+
+@pytest.mark.parametrize(("script", "options", "text"), [
+    ("ct", "--batch-size 25", "does not divide among 2 processes"),
+    ("fixup_penalty", "--norm bn-aux", "norm bn-aux: its statistics need one process"),
+    ("bn_ablation", "--arch dln25 --norms none", "for one process"),
+])  # fmt: skip
+def test_refusals(tmp_path, script, options, text):
+    argv = [*ALWAYS.split(), *options.split(), "--out", str(tmp_path / "r")]
+    body = f"""
+        try:
+            {script}.main({script}.parse_args({argv!r}))
+        except run.UserError as error:
+            print(error)
+    """
+    assert text in processes(2, body)
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):
+    """SIGUSR1 to process 1 within step 3: all agree at step 10, one checkpoint, exit status 0."""
+    argv = [*TRAINERS["ct"].split(), *ALWAYS.split(), "--lam", "0", "--out", str(tmp_path / "r")]
+    body = f"""
+        import signal
+        real = run.Guard.fine
+        def fine(self, step, *rest):
+            if step == 3 and run.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return real(self, step, *rest)
+        run.Guard.fine = fine
+        ct.main(ct.parse_args({argv!r}))
+    """
+    printed = processes(2, body)
+    assert "after step 10: stopped; go on with" in printed and "exit codes [0, 0]" in printed
+    assert run.load_checkpoint(tmp_path / "r")["step"] == 10
+
+
+# --- torchrun -------------------------------------------------------------------------------------
+
+WORKER = """
+    import os, signal, sys
+    sys.path.insert(0, {root!r})
+    import ct
+    from common import data, run
+    data.SHAPES_SIZES.update(train=96, test=41)
+    real = run.Guard.fine
+    def fine(self, step, *rest):
+        if step == 9 and os.environ["RANK"] == "1" and not int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, step, *rest)
+    run.Guard.fine = fine
+    run.cli(ct.main, ct.parse_args)
+"""
+
+
+def test_a_killed_process_restarts_the_job_from_its_checkpoint(trained, tmp_path):
+    """torchrun --max-restarts=1, process 1 killed within step 9: it goes on from step 8 to the
+    weights of one process."""
+    (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER).format(root=str(run.ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1", str(tmp_path / "worker.py"), *TRAINERS["ct"].split(),
+               *ALWAYS.split(), "--out", str(tmp_path / "r"),
+               "--teacher", str(trained[1] / "ct" / "teacher.pt")]  # fmt: skip
+    done = subprocess.run(command, text=True, capture_output=True, timeout=500,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    events = [line["event"] for line in lines if "event" in line]
+    assert events == ["start", "resume", "end"]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3, 4, 5]
+    assert distance(tmp_path / "r" / "last.pt", trained[1] / "ct" / "last.pt") < 1e-5
