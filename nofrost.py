@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from common import attacks, data, models, run
+from common import attacks, autoattack, data, folders, models, run, trees
 
 # --- options ------------------------------------------------------------------------------------
 
@@ -54,6 +54,7 @@ RECIPES = {  # per data set, where it is not told otherwise; "small" is for all 
     },
 }  # fmt: skip
 STREAMS = ("clean", "deepaug", "tda", "adv")
+JUDGES = ("pgd-20", "pgd-100", "apgd-ce-100")  # attacks of the table at the end
 SEPARATE = ("bn", "dual-bn")  # normalisers for which clean and adversarial images go separately
 
 
@@ -251,28 +252,20 @@ def debias_texture(x, generator):
     return torch.where(chosen, out, x)
 
 
-def read_deepaug(folder, dataset, device):
-    """The images of class folders as data.Images; they must be of the data set's size."""
-    from torchvision import datasets, io
-
-    try:
-        tree = datasets.ImageFolder(folder)
-    except (FileNotFoundError, OSError) as error:
-        raise run.UserError(f"--deepaug-dir {folder}: {str(error).splitlines()[0]}") from None
-    if tree.classes != sorted(dataset.classes):
-        raise run.UserError(
-            f"--deepaug-dir {folder}: its {len(tree.classes)} folders are not the classes of "
-            f"{dataset.name}: {', '.join(dataset.classes[:3])} ... ({len(dataset.classes)})"
-        )
-    number = [dataset.classes.index(name) for name in tree.classes]
-    images = []
-    for path, _ in tree.samples:
-        images.append(io.decode_image(path, mode=io.ImageReadMode.RGB))
-        if images[-1].shape[1:] != (dataset.image_size,) * 2:
-            size = "x".join(map(str, images[-1].shape[1:]))
-            raise run.UserError(f"{path}: is {size}, {dataset.name} has {dataset.image_size} px")
-    y = torch.tensor([number[label] for _, label in tree.samples])
-    return data.Images(torch.stack(images).to(device), y.to(device))
+def stream_images(name, args, dataset, device):
+    """data.Images of a stream: the training set, for deepaug the files of --deepaug-dir (in memory
+    where the training set is). Crops of photographs take 64 % and more for tda (else 8 %)."""
+    images = dataset.train
+    files = isinstance(images.x, folders.Files)
+    if name == "deepaug":
+        listing = trees.listed(Path(args.deepaug_dir))
+        y = torch.from_numpy(trees.labels_of(listing, dataset.classes))
+        x = folders.Files(listing, None, dataset.image_size, strict=args.strict)
+        images = data.Images(x if files else x[torch.arange(len(x))], y).to(device)
+    if name == "tda" and files:
+        images = images.subset(slice(None))
+        images.x.scale = (0.64, 1.0)
+    return images
 
 
 def build(args, dataset, device):
@@ -294,19 +287,17 @@ def lr_at(step, total, peak, warmup):
     return 0.5 * peak * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item())
 
 
-def robust_error(model, images, args, precision, steps=10, statistics="adversarial"):
-    """Error (%) under PGD with a fixed start, judged in fp32."""
+def robust_error(model, images, attack, args, precision, statistics="adversarial"):
+    """Error (%) under an attack of common/autoattack.py, from fixed starts, judged in fp32."""
     models.use_statistics(model, statistics)
     wrong = 0
     for i, (x, y) in enumerate(zip(images.x.split(250), images.y.split(250), strict=True)):
-        if i % run.world() != run.rank():
-            continue
-        rng, x = run.generator(0, "robust", i, device=x.device), run.to_float(x)
-        noise = attacks.unit_noise(x.shape, args.attack_norm, rng)
-        x_adv = attacks.pgd(
-            model, x, y, args.eps, None, steps, args.attack_norm, noise=noise, precision=precision
-        )
-        wrong += (run.predict(model, x_adv).argmax(1) != y).sum().item()
+        if i % run.world() == run.rank():
+            right = run.predict(model, x).argmax(1) == y
+            x, y, index = run.to_float(x)[right], y[right], 250 * i + right.nonzero()[:, 0]
+            settings = args.eps, args.attack_norm, 0, index, precision
+            _, fooled, _ = autoattack.attack(model, x, y, attack, *settings)
+            wrong += (~right).sum().item() + fooled.sum().item()
     models.use_statistics(model, "adversarial")
     return 100 * run.summed(torch.tensor(wrong)).item() / len(images.y)
 
@@ -392,7 +383,7 @@ def train(model, args, batches, held_out, selects, record, precision):
             sums, count, clock = torch.zeros_like(sums), 0, time.perf_counter()
         if done % per_epoch == 0:
             epoch = done // per_epoch
-            robust = 100 - robust_error(model, probe, args, precision)
+            robust = 100 - robust_error(model, probe, "pgd-10", args, precision)
             record.scalars(done, {"robust/pgd_probe": robust})
             if attacked and robust < best / 2:
                 fall = f"from {best:.1f} to {robust:.1f} % at epoch {epoch}"
@@ -430,14 +421,12 @@ def main(args):
         raise run.UserError(f"--batch-size {args.batch_size}: fewer images than streams")
     batches = {}
     for name in given:
-        images = dataset.train
-        if name == "deepaug":
-            images = read_deepaug(args.deepaug_dir, dataset, device)
+        images = stream_images(name, args, dataset, device)
         seed = args.seed if name == "clean" else run.seed_key(args.seed, name)
         batches[name] = data.Batches(images, share, seed, args.augment, dataset.flip)
     model = build(args, dataset, device)
-    tags = ["error/clean", "error/pgd-20", "error/pgd-100"]
-    record = run.Run(args, __file__, tags)
+    judges = JUDGES if args.robust_images else ()
+    record = run.Run(args, __file__, [f"error/{name}" for name in ("clean", *judges)])
     held_out = dataset.val or dataset.test
     train(model, args, batches, held_out, dataset.val is not None, record, precision)
 
@@ -449,18 +438,17 @@ def main(args):
         models.use_statistics(model, kind)
         end = "-clean" if kind != "adversarial" else ""
         final[f"error/clean{end}"] = run.evaluate(model, *dataset.test, precision)["error"]
-        for steps in (20, 100) if args.robust_images else ():
-            error = robust_error(model, few, args, precision, steps, kind)
-            final[f"error/pgd-{steps}{end}"] = error
+        for attack in judges:
+            error = robust_error(model, few, attack, args, precision, kind)
+            final[f"error/{attack}{end}"] = error
         name = f"{args.arch}, {args.norm}" + (f", {kind} statistics" if len(kinds) > 1 else "")
         rows.append([name, *(100 - v for k, v in final.items() if k.endswith(end))])
     models.use_statistics(model, "adversarial")
     record.close(final)
-    header = ["accuracy %", "clean", *(["PGD-20", "PGD-100"] if args.robust_images else [])]
-    print(f"\n{run.table(rows, header)}")
+    print(f"\n{run.table(rows, ['accuracy %', 'clean', *judges])}")
     print(f"{args.dataset} test, {len(dataset.test.y)} images, last epoch, seed {args.seed}")
     if args.robust_images:
-        print(f"PGD: {args.attack_norm}, eps {args.eps:g}/255, {len(few.y)} images, 1 start")
+        print(f"attacks: {args.attack_norm}, eps {args.eps:g}/255, {len(few.y)} images, 1 start")
         print("robust accuracy is what the strongest attack leaves, not what PGD leaves:")
         print(f"python eval/adversarial.py {Path(record.dir) / 'last.pt'} --attacks standard")
     return final

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torchvision.transforms import functional as vision
 
 import nofrost
-from common import attacks, data, models, run
+from common import attacks, data, models, run, shapes
 from common.run import UserError
 
 FAST = "--arch resnet8 --epochs 2 --batch-size 32 --attack-steps 2 --probe-images 20".split()
@@ -47,7 +47,7 @@ def test_full_run(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, final = finished
-    assert set(final) == {"error/clean", "error/pgd-20", "error/pgd-100"}
+    assert set(final) == {f"error/{k}" for k in ("clean", "pgd-20", "pgd-100", "apgd-ce-100")}
     assert all(0 <= v <= 100 for v in final.values())
     checkpoint = run.load_checkpoint(out / "last.pt")
     assert (checkpoint["norm"], checkpoint["step"], checkpoint["method"]) == ("nf", 6, "nofrost")
@@ -222,38 +222,34 @@ def test_debias_texture():
     assert 0.02 < greyed < 0.2
 
 
-def write_tree(folder, size, classes):
-    from torchvision import io
+def write_tree(folder, classes):
+    from PIL import Image
 
     for i, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for j in range(4):
-            image = torch.full((3, size, size), 20 * i + j, dtype=torch.uint8)
-            io.write_png(image, str(folder / name / f"{j}.png"))
+            Image.new("RGB", (32, 32), (20 * i + j,) * 3).save(folder / name / f"{j}.png")
 
 
 def test_deepaug_stream(tmp_path):
-    from common import shapes
-
-    write_tree(tmp_path / "deep", 32, shapes.CLASSES)
-    dataset = data.load("shapes")
-    images = nofrost.read_deepaug(tmp_path / "deep", dataset, "cpu")
-    assert images.x.shape == (40, 3, 32, 32) and torch.equal(images.x[:, 0, 0, 0] // 20, images.y)
+    write_tree(tmp_path / "deep", shapes.CLASSES)
     streams = ["--streams", "clean,deepaug,tda,adv", "--deepaug-dir", str(tmp_path / "deep")]
+    args, dataset = options(*streams), data.load("shapes")
+    images = nofrost.stream_images("deepaug", args, dataset, "cpu")
+    assert images.x.shape == (40, 3, 32, 32) and torch.equal(images.x[:, 0, 0, 0] // 20, images.y)
+    assert nofrost.stream_images("tda", args, dataset, "cpu") is dataset.train
     final = train(tmp_path / "r", *streams, "--epochs", "1", "--robust-images", "0")
     assert math.isfinite(final["error/clean"])
 
 
-@pytest.mark.parametrize("size, classes, word", [
-    (16, None, "is 16x16, shapes has 32 px"), (32, ["cat"], "are not the classes of shapes"),
-    (32, [], "deep"),
-])  # fmt: skip
-def test_deepaug_that_does_not_fit(tmp_path, size, classes, word):
-    from common import shapes
-
-    write_tree(tmp_path / "deep", size, shapes.CLASSES if classes is None else classes)
+@pytest.mark.parametrize("classes, word", [(["cat"], "cat"), ([], "no images")])
+def test_deepaug_that_does_not_fit(tmp_path, classes, word):
+    (tmp_path / "deep").mkdir()
+    write_tree(tmp_path / "deep", classes)
+    streams = ["--streams", "clean,deepaug,adv", "--deepaug-dir", str(tmp_path / "deep")]
     with pytest.raises(UserError, match=word):
-        nofrost.read_deepaug(tmp_path / "deep", data.load("shapes"), "cpu")
+        train(tmp_path / "r", *streams)
+    assert not (tmp_path / "r").exists()
 
 
 # --- recipe, guards, bad input --------------------------------------------------------------------
