@@ -62,8 +62,8 @@ SOURCES = {  # where a set that is not there comes from; none of these is fetche
 
 def missing(name, what):
     """The UserError of a set that is not there: what was looked for, and where it comes from."""
-    name = "in9" if name in IN9_TESTS else name
-    source = f"; it comes from {SOURCES[name]}, unpacked there" if name in SOURCES else ""
+    key = "in9" if name in IN9_TESTS else name
+    source = f"; it comes from {SOURCES[key]}, unpacked there" if key in SOURCES else ""
     return UserError(f"{name}: no {what}{source}")
 
 

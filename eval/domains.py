@@ -79,7 +79,7 @@ def test_sets(dataset, domain, size, args, device):
         order = ("original", "mixed-same", "mixed-rand")
         return {k: data.load(names[k], args.data_dir, **options).test for k in order}
     raise run.UserError(
-        f"{dataset}: its training left no domain out; train with --test-domain, on camelyon17 or in9"
+        f"{dataset}: training left no domain out; use --test-domain, camelyon17 or in9"
     )
 
 
