@@ -13,6 +13,16 @@ A state_dict of another project: add --arch --dataset --mean --std.
     python eval/corruptions.py --export data/CIFAR-10-C --dataset cifar10
     python eval/corruptions.py --export OUT --dataset folder --data-dir TREE    # TREE/<class>/*.jpg
 
+On ImageNet, for its checkpoints and for torchvision's networks by name,
+
+    python eval/corruptions.py torchvision:resnet50 --data-dir data
+
+the released ImageNet-C (<data-dir>/imagenet-c/<corruption>/<severity>/<wnid>/*, or in the folders
+blur, digital, extra, noise, weather of its archives) is read as it is: 224 x 224 files, neither
+resized nor cropped; another size is refused. "mCE" is the mean over the 15 corruptions of the error
+(mean over 5 severities) divided by AlexNet's. Then the error on imagenet-a and imagenet-r (logits
+restricted to their 200 classes) and imagenet-sketch, as far as these are there.
+
 --export writes a corrupted set in the official layout instead: <corruption>.npy (5N,S,S,3) uint8,
 severity after severity in the order of the test set, and labels.npy; or, for a tree of photographs
 (short side to 256, centre 224), <corruption>/<severity>/<class>/*.JPEG of quality 85, whose loss
@@ -31,10 +41,16 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import corruptions, data, models, run
+from common import corruptions, data, folders, models, run, trees
 
 PATHS = ("out", "data_dir", "teacher", "device")
 EVERY = [*corruptions.NAMES, *corruptions.EXTRA]
+# AlexNet's errors on ImageNet-C, mean over 5 severities, in the order of corruptions.NAMES, from
+# the code of hendrycks/robustness.
+ALEXNET = dict(zip(corruptions.NAMES, (
+    0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816,
+    0.826572, 0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500,
+), strict=True))  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -52,6 +68,8 @@ def parse_args(argv=None):
         help="N test images, the same number of each class (0: all)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=run.positive(int), default=500)
+    parser.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that is no image")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", help="default: <first checkpoint>.corruptions.json")
@@ -103,7 +121,10 @@ def load_networks(args, device):
     """([(label, model, facts)], name of the data set), one data set for all."""
     networks = []
     for path in args.checkpoints:
-        if args.arch:
+        if path.startswith("torchvision:"):
+            model = torchvision_network(path.partition(":")[2])
+            facts = model.spec | {"dataset": "imagenet", "method": "torchvision"}
+        elif args.arch:
             if not (args.dataset and args.mean and args.std):
                 raise run.UserError("--arch goes with --dataset, --mean and --std")
             state = run.load_checkpoint(path, foreign=True)
@@ -125,6 +146,24 @@ def load_networks(args, device):
     if len(found) > 1:
         raise run.UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
     return networks, found[0]
+
+
+def torchvision_network(name):
+    """A torchvision ImageNet network with its first published weights, from torchvision's cache."""
+    from torchvision import models as theirs
+
+    try:
+        weights = theirs.get_model_weights(name).IMAGENET1K_V1
+    except (ValueError, AttributeError):
+        raise run.UserError(f"torchvision:{name}: has no weights IMAGENET1K_V1") from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not file.is_file():
+        raise run.UserError(f"torchvision:{name}: no {file}; put {weights.url} there")
+    net = theirs.get_model(name)
+    net.load_state_dict(run.load_checkpoint(file, foreign=True))
+    model = torch.nn.Sequential(models.Normalize(*data.IMAGENET_STATS), net).eval()
+    model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
+    return model
 
 
 def label(path):
@@ -151,6 +190,150 @@ def picture(x, columns):
     n, c, h, w = x.shape
     x = x.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4)
     return x.reshape(c, n // columns * h, columns * w)
+
+
+# --- ImageNet -----------------------------------------------------------------------------------
+
+
+class Corrupted:
+    """Files that are corrupted as they are read; for `run.evaluate`, like the files themselves.
+    Image i is that of index rows[i], whatever the batch."""
+
+    def __init__(self, files, name, severity, options):
+        self.files, self.kind, self.options = files, (name, severity), options
+        self.device = files.device
+
+    def __getitem__(self, part):
+        return Corrupted(self.files[part], *self.kind, self.options)
+
+    def split(self, batch_size):
+        for start in range(0, len(self.files), batch_size):
+            x, held = self.files.read(slice(start, start + batch_size))
+            rows = torch.from_numpy(self.files.rows[start : start + batch_size]).to(x.device)[held]
+            if len(x):
+                yield corruptions.corrupt(x, *self.kind, index=rows, **self.options)
+
+    def scored(self, logits, y):
+        bad = [k for k, row in enumerate(self.files.rows.tolist()) if row in self.files.bad]
+        self.files.skipped = np.array(bad, np.int64)
+        return self.files.scored(logits, y)
+
+
+def released_folder(root, name, severity):
+    """<root>/[<group>/]<corruption>/<severity> of ImageNet-C."""
+    for group in ("", "noise", "blur", "weather", "digital", "extra"):
+        if (root / group / name / str(severity)).is_dir():
+            return root / group / name / str(severity)
+    raise run.UserError(
+        f"{root}: no {name}/{severity}; complete it, choose --corruptions, or use --generate"
+    )
+
+
+def imagenet(args, networks, device, precision):
+    """The table of ImageNet, ImageNet-C, -A, -R and -Sketch. Returns what the JSON file holds."""
+    data_dir = Path(args.data_dir)
+    options = {"device": device, "workers": args.workers, "strict": args.strict}
+    classes = trees.imagenet_classes(data_dir)
+    root = next((data_dir / n for n in trees.IMAGENET_TESTS["imagenet-c"]
+                 if (data_dir / n).is_dir()), None)  # fmt: skip
+    root = None if args.generate else root
+    results = [facts | {"error": {}} for _, _, facts in networks]
+    titles = [title for title, _, _ in networks]
+    widths = [max(9, len(t) + 2) for t in titles]
+    print("error in %".ljust(20) + "".join(t.rjust(w) for t, w in zip(titles, widths, strict=True)))
+
+    def row(title, values):
+        cells = [f"{v:.2f}".rjust(w) for v, w in zip(values, widths, strict=True)]
+        print(title.ljust(20) + "".join(cells), flush=True)
+
+    counts = {}
+
+    def score(key, images):
+        if args.limit and args.limit < len(images.y):
+            images = images.subset(data.stratified_split(images.y, args.limit, 0, "--limit")[1])
+        values = [run.evaluate(m, *images, precision, args.batch_size) for _, m, _ in networks]
+        counts[key] = len(images.y), len(getattr(images.x, "bad", ()))
+        return [v["error"] for v in values]
+
+    def own(name):
+        sizes = {m.spec["image_size"] for _, m, _ in networks}
+        if len(sizes) > 1:
+            raise run.UserError(f"networks for images of {sorted(sizes)} pixels: one at a time")
+        return trees.read_imagenet_test(name, data_dir, classes, sizes.pop(), options)
+
+    clean = None
+    try:
+        clean = own("imagenet")
+    except run.UserError as error:
+        if not root:
+            raise
+        trees.note(f"clean images are left out: {error}")
+    if clean:
+        for result, value in zip(results, score("imagenet val", clean), strict=True):
+            result["clean"] = value
+        row("imagenet val", [r["clean"] for r in results])
+    for name in args.corruptions:
+        for severity in args.severities:
+            if root:
+                folder = released_folder(root, name, severity)
+                images = trees.read_test(
+                    f"imagenet-c {name}", folder, classes, 224, options, 50_000, "exact"
+                )
+            else:
+                kind = {"seed": args.seed, "frost_dir": args.frost_dir, "data_dir": args.data_dir}
+                x = Corrupted(clean.x, name, severity, kind | {"scale": 224})
+                images = folders.Images(x, clean.y)
+            for result, value in zip(results, score(f"{name} {severity}", images), strict=True):
+                result["error"].setdefault(name, []).append(value)
+        means = [sum(r["error"][name]) / len(args.severities) for r in results]
+        row(name, means)
+    complete = set(corruptions.NAMES) <= set(args.corruptions) and len(args.severities) == 5
+    for result in results:
+        if complete:
+            means = {n: sum(result["error"][n]) / 5 for n in corruptions.NAMES}
+            result["mean_corruption_error"] = sum(means.values()) / 15
+            result["mCE"] = mean_ce(means)
+    if complete:
+        row("mean (15 x 5)", [r["mean_corruption_error"] for r in results])
+        row("mCE", [r["mCE"] for r in results])
+    else:
+        print("mCE: needs all 15 corruptions and 5 severities")
+    for name in ("imagenet-a", "imagenet-r", "imagenet-sketch"):
+        if not any((data_dir / n).is_dir() for n in trees.IMAGENET_TESTS[name]):
+            print(f"{name}: not in {data_dir}")
+            continue
+        for result, value in zip(results, score(name, own(name)), strict=True):
+            result[name] = value
+        row(name, [r[name] for r in results])
+    where = f"released files in {root}" if root else f"generated (seed {args.seed}), no JPEG step"
+    most = max(n for n, _ in counts.values())
+    print(f"ImageNet-C: {where}; up to {most} images a set; {precision.name}; mCE: AlexNet is 100")
+    return {
+        "command": "python " + " ".join(["eval/corruptions.py", *sys.argv[1:]]),
+        "versions": run.versions(), "dataset": "imagenet", "split": "val", "limit": args.limit,
+        "source": where, "severities": args.severities, "corruptions": args.corruptions,
+        "images": {k: n for k, (n, _) in counts.items()},
+        "unreadable": sum(bad for _, bad in counts.values()),
+        "precision": precision.name, "checkpoints": results,
+    }  # fmt: skip
+
+
+def mean_ce(errors):
+    """mCE in % of {corruption: error in %, mean over the severities}."""
+    return sum(errors[name] / alexnet for name, alexnet in ALEXNET.items()) / len(ALEXNET)
+
+
+def write_json(args, output):
+    """Write the results beside the first checkpoint, or where --json says."""
+    first = Path(args.checkpoints[0].replace("torchvision:", ""))
+    first = first / "last.pt" if first.is_dir() else first
+    path = Path(args.json or first.with_suffix(".corruptions.json"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(output, indent=1) + "\n")
+    except OSError as error:
+        raise run.UserError(f"cannot write {path}: {error.strerror}; give --json") from None
+    print(f"written: {path}")
 
 
 # --- export -------------------------------------------------------------------------------------
@@ -327,6 +510,10 @@ def main(args):
         return export(args, device)
     precision = run.Precision(args.precision, device)
     networks, name = load_networks(args, device)
+    if name in trees.IMAGENET:
+        output = imagenet(args, networks, device, precision)
+        write_json(args, output)
+        return output
     dataset = data.load(name, args.data_dir)
     for _, model, facts in networks:
         if model.spec["num_classes"] != len(dataset.classes):
@@ -418,16 +605,10 @@ def main(args):
         "corruptions": args.corruptions,
         "precision": precision.name, "checkpoints": results,
     }  # fmt: skip
-    path = Path(args.json or first.with_suffix(".corruptions.json"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(output, indent=1) + "\n")
-    except OSError as error:
-        raise run.UserError(f"cannot write {path}: {error.strerror}; give --json") from None
+    write_json(args, output)
     write_tensorboard(
         args.tensorboard or first.parent / "corruptions", args, networks, results, grid
     )
-    print(f"written: {path}")
     return output
 
 
