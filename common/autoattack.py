@@ -93,7 +93,7 @@ class Victim:
     def run(self, x):
         low = self.dtype != torch.float32
         with torch.autocast(self.device, dtype=self.dtype if low else None, enabled=low):
-            return self.net(x).float()
+            return self.net(x.contiguous(memory_format=self.layout)).float()
 
     def logits(self, x):
         return torch.cat([self.run(part) for part in x.split(self.chunk)])
@@ -113,7 +113,7 @@ class Victim:
                         "nothing to attack: the model detaches its output from its input"
                     )
                 (grad,) = torch.autograd.grad(total, part)
-            pieces.append((logits.detach(), value.detach(), grad.nan_to_num_(0, 0, 0)))
+            pieces.append((logits.detach(), value.detach(), grad.nan_to_num(0, 0, 0)))
         return tuple(torch.cat(p) for p in zip(*pieces, strict=True))
 
     def fooled(self, logits, y):
@@ -205,7 +205,7 @@ class Rows:
 
 def draw(function, shape, seed, index, *key):
     """Random numbers (N,*shape) that belong to the images `index`, not to their batch."""
-    rows = [function(shape, generator=run.generator(seed, *key, int(i))) for i in index]
+    rows = [function(shape, generator=run.generator(seed, *key, i)) for i in index.tolist()]
     return torch.stack(rows).to(index.device)
 
 
@@ -555,7 +555,7 @@ def attack(
     """
     kind, steps = parse(name)
     x = run.to_float(x).float()
-    index = torch.arange(len(x)) if index is None else index
+    index = (torch.arange(len(x)) if index is None else index).to(x.device)
     check_arguments(x, y, eps, alpha, steps, norm, "ce", None, 1, True, "eval")
     model = as_fp32(unwrap(model))
     facts = {"zero": 0, "lost": 0}
@@ -586,7 +586,7 @@ def plain(model, x, y, kind, steps, eps, alpha, norm, seed, index, precision, ne
         def ball(shape, generator):
             return unit_noise((1, *shape), norm, generator)[0]
 
-        noise = draw(ball, x.shape[1:], seed, index.cpu(), kind).to(x.device)
+        noise = draw(ball, x.shape[1:], seed, index, kind)
     parts = []
     for begin in range(0, len(x), net.chunk):
         rows = slice(begin, begin + net.chunk)
@@ -613,7 +613,7 @@ def search(net, x, y, kind, steps, eps, norm, seed, index, tick):
 
     def attempt(rows, target, k, tick):
         if kind == "apgd-t":
-            noise = start_noise(x[rows], norm, seed, index[rows.cpu()], kind, k)
+            noise = start_noise(x[rows], norm, seed, index[rows], kind, k)
             return apgd(net, x[rows], y[rows], eps, norm, steps, dlr_loss, noise, target, tick)
         adv, size = fab(net, x[rows], y[rows], eps, norm, steps, target, tick)
         return torch.where(per_image(size <= eps, x), adv, x[rows]), size <= eps

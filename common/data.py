@@ -301,6 +301,40 @@ def read_cifar101(data_dir):
     raise trees.missing("cifar10.1", data_dir / "cifar10.1_v6_data.npy")
 
 
+def for_evaluation(name, networks, data_dir, limit):
+    """Test images of the data set `name` for networks (label, model, facts), tensors on the CPU:
+    (x uint8, y, rows of the test set, its size). limit: so many, the same number of each class.
+    Raises UserError where a network has another number of classes or cannot take the images."""
+    size = networks[0][1].spec["image_size"]
+    if networks[0][2]["method"] == "torchvision":  # their 1000 classes need no training images
+        folder = Path(data_dir)
+        classes = trees.imagenet_classes(folder)
+        options = {"device": "cpu", "workers": None, "strict": True}
+        test = trees.read_imagenet_test(name, folder, classes, size, options)
+    else:
+        sized = name in ("shapes", "tiny-imagenet") or name not in STATS
+        dataset = load(name, data_dir, image_size=size if sized else None)
+        test, classes = dataset.test, dataset.classes
+    for _, model, facts in networks:
+        if model.spec["num_classes"] != len(classes):
+            raise UserError(
+                f"{name} has {len(classes)} classes, {Path(facts['checkpoint']).name} "
+                f"{model.spec['num_classes']}"
+            )
+        if model.spec["image_size"] != size:
+            raise UserError(
+                f"the networks take images of {size} and {model.spec['image_size']} pixels: "
+                "evaluate them apart"
+            )
+    rows = torch.arange(len(test.y))
+    if limit:
+        rows = stratified_split(test.y, limit, 0, "--limit")[1]
+    x, y = test.take(rows)
+    if len(x) < len(rows):
+        raise UserError(f"{name}: {len(rows) - len(x)} images cannot be read")
+    return x, y, rows, len(test.y)
+
+
 def corrupted_dir(name, data_dir="data"):
     """The folder of the released CIFAR-10-C or CIFAR-100-C arrays, or None where there is none."""
     folder = Path(data_dir) / {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(name, "-")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import autoattack, data, models, run, trees
+from common import autoattack, data, models, run
 
 SWEEP = ("pgd-20", "pgd-50", "pgd-100")
 WORST = "worst of all"
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=run.positive(int), default=250)
     parser.add_argument("--seed", type=run.nonnegative(int), default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--json", help="default: <first checkpoint>.adversarial.json")
     parser.add_argument("--tensorboard", metavar="DIR", help="default: adversarial/ beside it")
     parser.add_argument("--save", metavar="FILE", help="write the adversarial images there")
@@ -103,34 +103,6 @@ class Progress:
 
 
 # --- what is evaluated ----------------------------------------------------------------------------
-
-
-def load_images(args, name, networks):
-    """(x, y, rows, classes): the test images, and which rows of the test set they are."""
-    if networks[0][2]["method"] == "torchvision":
-        folder, size = Path(args.data_dir), networks[0][1].spec["image_size"]
-        classes = trees.imagenet_classes(folder)
-        options = {"device": "cpu", "workers": None, "strict": True}
-        test = trees.read_imagenet_test("imagenet", folder, classes, size, options)
-    else:
-        sizes = {model.spec["image_size"] for _, model, _ in networks}
-        sized = name in ("shapes", "tiny-imagenet") or name not in data.STATS
-        size = sizes.pop() if sized else None
-        dataset = data.load(name, args.data_dir, image_size=size)
-        test, classes = dataset.test, dataset.classes
-    for _, model, facts in networks:
-        if model.spec["num_classes"] != len(classes):
-            raise run.UserError(
-                f"{name} has {len(classes)} classes, {Path(facts['checkpoint']).name} "
-                f"{model.spec['num_classes']}"
-            )
-    rows = torch.arange(len(test.y))
-    if args.limit:
-        rows = data.stratified_split(test.y, args.limit, 0, "--limit")[1]
-    x, y = test.take(rows)
-    if len(x) < len(rows):
-        raise run.UserError(f"{name}: {len(rows) - len(x)} images cannot be read")
-    return x, y, rows, len(test.y)
 
 
 def digest(*tensors):
@@ -347,7 +319,7 @@ def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     networks, name = models.for_evaluation(args, device)
-    x, y, rows, total = load_images(args, name, networks)
+    x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
     first = Path(args.checkpoints[0])
     first = first / "last.pt" if first.is_dir() else first
     first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
