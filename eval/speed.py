@@ -3,9 +3,11 @@
     python eval/speed.py corruptions                # milliseconds per image, beside the originals'
     python eval/speed.py corruptions --device cuda --sizes 32,224 --json speed.json
     python eval/speed.py attacks --threads 2        # PGD per batch, beside other libraries'
+    python eval/speed.py data --tree data/imagenet/train --arch resnet50 --device cuda
 
 Times are process (CPU) times with --threads threads, medians over --repeat runs; on a GPU wall
-times between synchronisations.
+times between synchronisations. Of the loader of files, whose work is in other processes, wall times
+in images per second: it should be above the training step's.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import functools
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import attacks, corruptions, models, run, shapes
+from common import attacks, corruptions, data, folders, models, run, shapes
 
 # Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
 # an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
@@ -81,6 +84,20 @@ def parse_args(argv=None):
     part.add_argument("--norm", default="bn")
     part.add_argument("--batch-size", type=run.positive(int), default=64)
     part.add_argument("--steps", type=run.positive(int), default=10)
+    part = commands.add_parser(
+        "data", help="the loader of files beside a training step, images per second",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    part.set_defaults(function=time_data)
+    part.add_argument("--tree", help="of class folders; default: 256 drawn JPEGs of 500x375")
+    part.add_argument("--arch", default="resnet18")
+    part.add_argument("--norm", default="bn")
+    part.add_argument("--image-size", type=run.positive(int), default=224)
+    part.add_argument("--batch-size", type=run.positive(int), default=32)
+    part.add_argument("--batches", type=run.positive(int), default=8, help="timed, after two")
+    counts = run.listed(run.nonnegative(int))
+    part.add_argument("--workers", type=counts, default=[folders.default_workers()])
+    part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     for command in commands.choices.values():
         command.add_argument("--device", default="cpu")
         command.add_argument("--threads", type=run.positive(int), default=1)
@@ -261,6 +278,81 @@ def other_libraries(model, x, y, eps, alpha, steps):
         except ImportError:
             print("foolbox is not installed: left out")
     return calls
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def time_data(args, device):
+    """Seconds to list a tree, twice; images/s of its loader with each number of workers, and of a
+    training step on images that are there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = args.tree or draw_tree(Path(temporary) / "train")
+        rows, seconds = {}, []
+        for _ in range(2):
+            begin = time.perf_counter()
+            listing = folders.scan(tree)
+            seconds.append(time.perf_counter() - begin)
+        y = torch.zeros(len(listing), dtype=torch.int64, device=device)
+        for workers in args.workers:
+            files = folders.Files(listing, size=args.image_size, device=device, workers=workers)
+            batches = data.Batches(folders.Images(files, y), args.batch_size, seed=0)
+            rows[f"loader, {workers} workers"] = rate(batches, args, device)
+            del batches  # ends its workers
+    x, y = torch.rand(args.batch_size, 3, *[args.image_size] * 2, device=device), y[:1]
+    x, y = x.contiguous(memory_format=torch.channels_last), y.expand(args.batch_size)
+    rows[f"training step, {args.arch}"] = rate(trainer(args, x, y, device), args, device)
+    print(f"\n{len(listing)} files listed in {seconds[0]:.2f} s, again in {seconds[1]:.2f} s")
+    print(f"{args.image_size} pixels, batch {args.batch_size}, {args.batches} batches; wall time")
+    print(run.table([[k, f"{v:.1f}"] for k, v in rows.items()], ("", "images/s")))
+    return {"files": len(listing), "listing_s": seconds, "images_per_s": rows}
+
+
+def trainer(args, x, y, device):
+    """step(i): one update of a network on the batch (x, y)."""
+    model = models.build(args.arch, args.norm, 1000, args.image_size)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    precision = run.Precision(args.precision, device)
+
+    def step(_):
+        with precision.autocast():
+            loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+
+    return step
+
+
+def rate(step, args, device):
+    """Images per second of step(2), step(3), ..., after two that are not counted."""
+    for i in range(args.batches + 2):
+        if i == 2:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+        step(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return args.batches * args.batch_size / (time.perf_counter() - begin)
+
+
+def draw_tree(folder, count=256):
+    """JPEGs of ImageNet's usual size, of noise smooth enough to compress as photographs do."""
+    from torchvision.io import write_jpeg
+
+    (folder / "a").mkdir(parents=True)
+    rng = run.generator("tree")
+    for k in range(count):
+        coarse = torch.rand(1, 3, 47, 63, generator=rng)
+        x = F.interpolate(coarse, (375, 500), mode="bicubic") + 0.04 * torch.rand(
+            1, 3, 375, 500, generator=rng
+        )
+        x = x[0].mul(255).clamp(0, 255).to(torch.uint8)
+        write_jpeg(x, str(folder / "a" / f"{k}.jpg"), 90)
+    return folder
 
 
 # --- main -----------------------------------------------------------------------------------------
