@@ -319,6 +319,8 @@ def train(model, args, batches, held_out, selects, record, precision):
     total, warmup = args.epochs * per_epoch, round(args.warmup * per_epoch)
     peak = args.lr * (args.batch_size / 256 if args.dataset == "imagenet" else 1)
     attacked = "adv" in args.streams and (args.lam > 0 or args.loss == "trades")
+    if args.norm == "dual-bn" and not attacked and run.world() > 1:
+        raise run.UserError("dual-bn without attacks: half of it is idle; use one process, or bn")
     optimizer = torch.optim.SGD(
         model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,

@@ -22,10 +22,8 @@ JOB = """
     data.SHAPES_SIZES.update(train=96, test=41)
     world, port = int(sys.argv[1]), sys.argv[2]
 
-    {functions}
-
     def job():
-        {body}
+        pass  # the body
 
     children = []
     for rank in range(world):
@@ -53,14 +51,13 @@ JOB = """
 """
 
 
-def processes(world, body, functions="pass"):
+def processes(world, body):
     """Run `body` in `world` processes; what they print. Every one must end with status 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = textwrap.dedent(JOB).format(
-        functions=textwrap.dedent(functions), body=textwrap.indent(textwrap.dedent(body), " " * 4)
-    )
+    body = textwrap.indent(textwrap.dedent(body), "    ")
+    code = textwrap.dedent(JOB).replace("    pass  # the body", body)
     command = [sys.executable, "-c", code, str(world), port]
     done = subprocess.run(command, cwd=run.ROOT, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -134,95 +131,101 @@ def test_one_process_writes(trained, world):
         assert ends[0]["event"] == "end" and ends[0].keys() == ends[1].keys()
 
 
-FUNCTIONS = """
-    def network(seed=0, norm="bn"):
-        torch.manual_seed(seed)
-        return models.build("resnet8", norm).double()
+MEASURE = """
+    import json
+    from torch import nn
+    run.get_device("cpu")
+    rng = torch.Generator().manual_seed(5)
+    x, y = torch.rand(8, 3, 6, 6, generator=rng).double(), torch.randint(10, (8,), generator=rng)
+    found = {}
+
+    def difference(a, b):
+        return max((p - q).abs().max().item() for p, q in zip(a, b, strict=True))
+
+    def network(norm):
+        torch.manual_seed(1)
+        layers = [nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4), nn.Flatten()]
+        net = nn.Sequential(*layers, nn.Linear(16, 10)).double()
+        net.spec = {"norm": "bn"}
+        return net
 
     def step(net, x, y):
-        loss = torch.nn.functional.cross_entropy(net(x), y)
+        loss = 0
+        for kind in ("clean", "adversarial"):  # two passes, as those of nofrost.py
+            models.use_statistics(net, kind)
+            loss = loss + nn.functional.cross_entropy(net(x), y)
         loss.backward()
         return loss.detach()
 
-    def batch(n):
-        rng = torch.Generator().manual_seed(5)
-        return torch.rand(n, 3, 32, 32, generator=rng).double(), torch.randint(10, (n,), generator=rng)
+    for norm in (nn.BatchNorm2d, models.DualBatchNorm):
+        alone, model = network(norm), network(norm)
+        net = run.spread(model)
+        for _ in range(2):
+            losses = step(alone, x, y), run.mean(step(net, *run.share(x, y)))
+        grads = ([p.grad for p in m.parameters()] for m in (alone, model))
+        assert alone.state_dict().keys() == model.state_dict().keys()
+        states = (m.state_dict().values() for m in (alone, model))
+        logits = (m.eval()(x).detach() for m in (alone, model))
+        found[norm.__name__] = [difference(*pair) for pair in ([[v] for v in losses], grads,
+                                                               states, logits)]
+
+    torch.manual_seed(1)
+    model, x = models.build("resnet8", "none").eval(), torch.rand(41, 3, 32, 32)
+    y = torch.randint(10, (41,))
+    for n in (41, 3, 1):  # of 4 processes some get no image
+        alone = run.metrics(run.predict(model, x[:n]), y[:n])
+        spread = run.evaluate(model, x[:n], y[:n])
+        part = run.rows(n)
+        rows = run.summed(torch.tensor(part.stop - part.start)).item()
+        found[f"images {n}"] = [rows, *(spread[k] - alone[k] for k in ("error", "loss", "ece"))]
+
+    torch.manual_seed(3)
+    before, (mine,), after = torch.rand(()), run.share(torch.arange(8)), torch.rand(())
+    values = [[torch.zeros(()) for _ in range(run.world())] for _ in range(2)]
+    for value, everywhere in zip((before, after), values, strict=True):
+        torch.distributed.all_gather(everywhere, value)
+    found["random numbers"] = [len(set(torch.stack(v).tolist())) for v in values]
+    found["first rows"] = mine.tolist()
+    print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_batch_norm_is_that_of_the_global_batch(world):
-    """In fp64: loss, gradients and running statistics of resnet8 equal those of one process."""
-    body = """
-        run.get_device("cpu")
-        x, y = batch(8)
-        for norm in ("bn", "dual-bn"):
-            alone, model = network(norm=norm), network(norm=norm)
-            net = run.spread(model)
-            expected, found = step(alone, x, y), run.mean(step(net, *run.share(x, y)))
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-            for a, b in zip(model.parameters(), alone.parameters()):
-                if b.grad is not None:
-                    torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
-            have, want = model.state_dict(), alone.state_dict()
-            assert have.keys() == want.keys()
-            for key in want:
-                torch.testing.assert_close(have[key], want[key], rtol=1e-9, atol=1e-12)
-            model.eval(), alone.eval()
-            torch.testing.assert_close(model(x), alone(x), rtol=1e-9, atol=1e-9)
-        print("equal")
-    """
-    assert "equal" in processes(world, body, FUNCTIONS)
+@pytest.fixture(scope="module", params=[2, 4])
+def measured(request):
+    return request.param, json.loads(processes(request.param, MEASURE).splitlines()[0])
 
 
-def test_evaluation_counts_every_image_once():
-    """41 images over 4 processes: the same counts; a share may be empty."""
-    body = """
-        run.get_device("cpu")
-        model = network(norm="none").float().eval()
-        for n in (41, 3, 1):
-            x, y = batch(n)
-            x = x.float()
-            alone = run.metrics(run.predict(model, x), y)
-            found = run.evaluate(model, x, y)
-            assert found["error"] == alone["error"]
-            assert abs(found["loss"] - alone["loss"]) < 1e-6 and abs(found["ece"] - alone["ece"]) < 1e-4
-            parts = [run.rows(n)]
-            assert run.summed(torch.tensor(parts[0].stop - parts[0].start)).item() == n
-        print("equal")
-    """
-    assert "equal" in processes(4, body, FUNCTIONS)
+def test_batch_norm_is_that_of_the_global_batch(measured):
+    """In fp64: loss, gradients, running statistics and logits equal those of one process."""
+    for norm in ("BatchNorm2d", "DualBatchNorm"):
+        assert max(measured[1][norm]) < 1e-12
 
 
-def test_random_numbers_are_a_process_own_only_after_sharing():
-    body = """
-        run.get_device("cpu")
-        torch.manual_seed(3)
-        before = torch.rand(())
-        x, = run.share(torch.arange(4))
-        after = torch.rand(())
-        assert run.summed(before) == 2 * before
-        assert (run.summed(after) - 2 * after).abs() > 1e-3
-        assert x.tolist() == [[0, 1], [2, 3]][run.rank()]
-        print("right")
-    """
-    assert "right" in processes(2, body)
+def test_evaluation_counts_every_image_once(measured):
+    for n in (41, 3, 1):
+        rows, error, loss, ece = measured[1][f"images {n}"]
+        assert rows == n and error == 0 and abs(loss) < 1e-6 and abs(ece) < 1e-4
 
 
-@pytest.mark.parametrize(("script", "options", "text"), [
-    ("ct", "--batch-size 25", "does not divide among 2 processes"),
-    ("fixup_penalty", "--norm bn-aux", "norm bn-aux: its statistics need one process"),
-    ("bn_ablation", "--arch dln25 --norms none", "for one process"),
-])  # fmt: skip
-def test_refusals(tmp_path, script, options, text):
-    argv = [*ALWAYS.split(), *options.split(), "--out", str(tmp_path / "r")]
-    body = f"""
-        try:
-            {script}.main({script}.parse_args({argv!r}))
-        except run.UserError as error:
-            print(error)
-    """
-    assert text in processes(2, body)
+def test_random_numbers_are_the_same_until_the_batch_is_shared(measured):
+    world, found = measured
+    assert found["random numbers"] == [1, world]
+    assert found["first rows"] == list(range(8 // world))
+
+
+def test_refusals(tmp_path):
+    body = ""
+    for script, options in (
+        ("ct", "--batch-size 25"),
+        ("fixup_penalty", "--norm bn-aux"),
+        ("bn_ablation", "--arch dln25 --norms none"),
+    ):
+        argv = [*ALWAYS.split(), *options.split(), "--out", str(tmp_path / script)]
+        body += f"try: {script}.main({script}.parse_args({argv!r}))\n"
+        body += "except run.UserError as error: print(error)\n"
+    printed = processes(2, body)
+    for text in ("divide among 2", "norm bn-aux: its statistics need one", "for one process"):
+        assert text in printed
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):
@@ -253,7 +256,8 @@ WORKER = """
     data.SHAPES_SIZES.update(train=96, test=41)
     real = run.Guard.fine
     def fine(self, step, *rest):
-        if step == 9 and os.environ["RANK"] == "1" and not int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+        again = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if step == 9 and os.environ["RANK"] == "1" and not again:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, step, *rest)
     run.Guard.fine = fine
