@@ -398,3 +398,17 @@ def test_sample_trees(shared):
     assert all(trees.is_wnid(name) for name in loaded.classes)
     x, _ = data.Batches(loaded.train, 8, seed=0)(0)
     assert x.shape == (8, 3, 64, 64) and 0.2 < x.mean() < 0.8 and x.std() > 0.1
+
+
+def test_speed_of_the_loader(tree, capsys):
+    from eval import speed
+
+    options = "--arch resnet8 --image-size 32 --batch-size 4 --batches 2 --workers 0,1".split()
+    command = ["data", "--tree", str(tree / "train"), "--device", "cpu", *options]
+    found = speed.main(speed.parse_args(command))["data"]
+    assert found["files"] == 20 and len(found["listing_s"]) == 2
+    assert set(found["images_per_s"]) == {
+        "loader, 0 workers", "loader, 1 workers", "training step, resnet8"
+    }  # fmt: skip
+    assert all(v > 0 for v in found["images_per_s"].values())
+    assert "20 files listed" in capsys.readouterr().out
