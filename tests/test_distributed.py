@@ -66,9 +66,10 @@ def processes(world, body):
 
 # 20 steps each, without BatchNorm.
 TRAINERS = {
-    "ct": "--arch resnet8 --norm gn --lr 0.02 --lam 1 --epochs 5 --no-baseline --corrupted-images 11",
-    "fixup_penalty": "--arch resnet8 --norm none --lr 0.02 --mixup 1 --penalty embedding --epochs 5 "
-    "--corrupted-images 0",
+    "ct": "--arch resnet8 --norm gn --lr 0.02 --lam 1 --epochs 5 --no-baseline "
+    "--corrupted-images 11",
+    "fixup_penalty": "--arch resnet8 --norm none --lr 0.02 --mixup 1 --penalty embedding "
+    "--epochs 5 --corrupted-images 0",
     "bn_ablation": "--arch vgg11-4 --norms none,bn --steps 20 --measure-every 10 --log-every 10",
     "nofrost": "--arch wrn10-1 --norm nf --epochs 5 --attack-steps 2 --robust-images 30",
 }
