@@ -242,6 +242,12 @@ def share(*tensors):
     return tuple(tensor[rows(len(tensor))] for tensor in tensors)
 
 
+def wait():
+    """Until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def summed(x):
     """Sum of a tensor over the processes."""
     if world() > 1:
@@ -633,8 +639,7 @@ class Run:
                 raise UserError(
                     f"cannot write the run directory {self.dir}: {error.strerror}"
                 ) from None
-        if world() > 1:
-            dist.barrier()
+        wait()
         self._tty = sys.stderr.isatty()
         self._began = self._shown = time.perf_counter()
         self._first = None

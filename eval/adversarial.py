@@ -128,7 +128,8 @@ class State:
                     "--overwrite to forget it"
                 )
             self.compare(path, settings)
-        elif resume:
+            return
+        if resume:
             raise run.UserError(f"--resume: there is no unfinished evaluation in {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,8 +186,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
         progress = Progress(f"{title}, {row}", len(batches))
         for b, part in enumerate(batches):
             key, progress.batch = f"{number}-{k}-{b}", b
-            batch = state.get(key)
-            if batch is None:
+            if b % run.world() == run.rank() and state.get(key) is None:
                 began = time.perf_counter()
                 adv, fooled, more = autoattack.attack(
                     model, x[part].to(device), y[part].to(device), name, args.eps, args.norm,
@@ -198,6 +198,9 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
                     "seconds": time.perf_counter() - began,
                 }  # fmt: skip
                 state.put(key, batch)
+        run.wait()  # the batches of the other processes lie in `state` too
+        for b in range(len(batches)):
+            batch = state.get(f"{number}-{k}-{b}")
             positions.append(batch["positions"])
             images.append(batch["images"])
             zero, lost = zero + batch["zero"], lost + batch["lost"]
@@ -335,7 +338,12 @@ def main(args):
         f"{name} test, {limit_note} images; {args.norm} eps {args.eps:g}/255, seed {args.seed}, "
         f"{precision.name}; accuracy in %"
     )
-    state = State(path.with_name(path.name + ".state"), settings, args.resume, args.overwrite)
+    folder = path.with_name(path.name + ".state")
+    if run.rank() == 0:
+        state = State(folder, settings, args.resume, args.overwrite)
+    run.wait()
+    if run.rank():
+        state = State(folder, settings, resume=True, overwrite=False)
     results, every, notes = [], [], []
     for k, (title, model, entry) in enumerate(networks):
         accuracy, facts, found, flags, correct = attack_network(
@@ -371,6 +379,9 @@ def main(args):
         "seed": args.seed, "attacks": titles[1:], "precision": precision.name,
         "checkpoints": results,
     }  # fmt: skip
+    run.wait()
+    if run.rank():
+        return output
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(output, indent=1) + "\n")

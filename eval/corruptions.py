@@ -515,12 +515,15 @@ def write_jpeg(path, image):
 def main(args):
     device = run.get_device(args.device)
     if args.export:
+        if run.world() > 1:
+            raise run.UserError("--export: for one process")
         return export(args, device)
     precision = run.Precision(args.precision, device)
     networks, name = load_networks(args, device)
     if name in trees.IMAGENET:
         output = imagenet(args, networks, device, precision)
-        write_json(args, output)
+        if run.rank() == 0:
+            write_json(args, output)
         return output
     options = networks[0][2].get("options", {})
     options = {"test_domain": options.get("test_domain"), "strict": args.strict}
@@ -543,6 +546,7 @@ def main(args):
         rows = data.stratified_split(labels, args.limit, 0, "--limit")[1]
     else:
         rows = torch.arange(len(labels))
+    mine = rows[run.rows(len(rows))]  # of several processes each makes and evaluates a part
     manifest = read_manifest(folder) if folder else None
     if manifest:  # not the release, whatever the name of the folder
         source = f"exported by this project (seed {manifest['seed']}) in {folder}"
@@ -554,7 +558,8 @@ def main(args):
 
     def score(x, y):
         x, y = x.to(device), y.to(device)
-        return [run.evaluate(m, x, y, precision, args.batch_size) for _, m, _ in networks]
+        kind = precision, args.batch_size, True
+        return [run.evaluate(model, x, y, *kind) for _, model, _ in networks]
 
     limit_note = f"{len(rows)} of {len(labels)}" if args.limit else f"all {len(labels)}"
     print(f"{name} test, {limit_note} images; corruptions: {source}; error in %, {precision.name}")
@@ -576,7 +581,7 @@ def main(args):
 
     # The clean rows are those of the test set; a released labels.npy in another order than ours
     # (an .npz need not have the official one) would make the two incomparable only with --limit.
-    clean = score(dataset.test.x[rows], dataset.test.y[rows])
+    clean = score(dataset.test.x[mine], dataset.test.y[mine])
     results = []
     for (_, _, facts), values in zip(networks, clean, strict=True):
         results.append(facts | {"clean": values, "error": {}, "ece": {}})
@@ -585,9 +590,9 @@ def main(args):
     grid = []
     for corruption in args.corruptions:
         for severity in args.severities:
-            x = corrupted_images(args, dataset, folder, corruption, severity, rows)
+            x = corrupted_images(args, dataset, folder, corruption, severity, mine)
             grid.append(x[:1].cpu())
-            for result, values in zip(results, score(x, labels[rows]), strict=True):
+            for result, values in zip(results, score(x, labels[mine]), strict=True):
                 result["error"].setdefault(corruption, []).append(values["error"])
                 result["ece"].setdefault(corruption, []).append(values["ece"])
         means = [sum(r["error"][corruption]) / len(args.severities) for r in results]
@@ -620,10 +625,10 @@ def main(args):
         "corruptions": args.corruptions,
         "precision": precision.name, "checkpoints": results,
     }  # fmt: skip
-    write_json(args, output)
-    write_tensorboard(
-        args.tensorboard or first.parent / "corruptions", args, networks, results, grid
-    )
+    if run.rank() == 0:
+        write_json(args, output)
+        place = args.tensorboard or first.parent / "corruptions"
+        write_tensorboard(place, args, networks, results, grid)
     return output
 
 
