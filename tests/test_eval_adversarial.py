@@ -1,0 +1,368 @@
+"""eval/adversarial.py: the table, the second look at every image, resuming, warnings, mistakes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import autoattack, data, models, run
+from common.run import UserError
+
+SCRIPT = run.ROOT / "eval" / "adversarial.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("eval_adversarial", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def checkpoint(path, seed=0, norm="bn", dataset="cifar10", classes=10):
+    torch.manual_seed(seed)
+    model = models.build("resnet8", norm, num_classes=classes)
+    with torch.no_grad():
+        model.fc.weight *= 20  # confident, so that some images withstand
+    state = model.spec | {"dataset": dataset, "model": model.state_dict()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.save_checkpoint(path, state | {"method": "ct", "args": {"seed": seed, "out": "/x"}})
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """cifar10.npz with 16 test images, 14 of them labelled as the network r/last.pt sees them."""
+    model = checkpoint(tmp_path / "r" / "last.pt")
+    rng = np.random.default_rng(0)
+    x = rng.integers(256, size=(30, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    y = np.arange(30) % 10
+    y[:14] = run.predict(model, torch.from_numpy(x[:14]).permute(0, 3, 1, 2)).argmax(1)
+    y[14:16] = (
+        run.predict(model, torch.from_numpy(x[14:16]).permute(0, 3, 1, 2)).argmin(1)
+    ).numpy()
+    np.savez(
+        tmp_path / "cifar10.npz",
+        x_train=x,
+        y_train=np.arange(30) % 10,
+        x_test=x[:16],
+        y_test=y[:16],
+    )
+    return tmp_path
+
+
+def arguments(folder, *options):
+    out = ["--data-dir", folder, "--json", folder / "out.json", "--device", "cpu"]
+    paths = [] if options and str(options[0]).endswith(".pt") else [folder / "r" / "last.pt"]
+    return script.parse_args([str(v) for v in [*paths, *options, *out]])
+
+
+def evaluate(folder, *options):
+    result = script.main(arguments(folder, *options))
+    assert json.loads((folder / "out.json").read_text()) == result
+    return result
+
+
+def without_times(result):
+    for entry in result["checkpoints"]:
+        for facts in entry["runs"].values():
+            facts.pop("seconds")
+    return {k: v for k, v in result.items() if k != "command"}
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_the_attacks(folder, capsys):
+    """Each row equals the attack on the images that are right; the worst is their union."""
+    names = ["fgsm", "pgd-3", "apgd-ce-5"]
+    args = ("--attacks", ",".join(names), "--eps", "0.6", "--save", folder / "adv.pt")
+    result = evaluate(folder, *args)
+    entry = result["checkpoints"][0]
+    model = models.from_checkpoint(run.load_checkpoint(folder / "r"))
+    x, y = data.load("cifar10", folder).test
+    right = (run.predict(model, x).argmax(1) == y).nonzero()[:, 0]
+    assert entry["accuracy"]["clean"] == 100 * len(right) / 16 == 87.5
+    robust = torch.ones(len(right), dtype=torch.bool)
+    for name in names:
+        adv, fooled, _ = autoattack.attack(model, x[right], y[right], name, 0.6, index=right)
+        assert entry["accuracy"][name] == 100 * int((~fooled).sum()) / 16
+        robust &= ~fooled
+        saved = run.load_checkpoint(folder / "adv.pt", foreign=True)["networks"]["r"][name]
+        assert torch.equal(saved["rows"], right[fooled])
+        assert torch.equal(saved["images"], adv[fooled])
+    assert 0 < robust.sum() < len(right)
+    assert entry["accuracy"]["worst of all"] == 100 * int(robust.sum()) / 16
+    assert entry["largest_perturbation"] == pytest.approx(0.6, abs=1e-6) and entry["nan"] == 0
+    assert "out" not in entry["options"]
+    text = capsys.readouterr().out
+    assert "largest perturbation 0.6/255, 0 NaN, values 0" in text and "seed 0, fp32" in text
+    assert not (folder / "out.json.state").exists()
+    events = list((folder / "r" / "adversarial").glob("events*"))
+    assert len(events) == 1 and b"strongest/r" in events[0].read_bytes()
+
+
+def test_standard_is_a_cascade(folder, monkeypatch):
+    """The four attacks in order, each on what the one before left standing, with K-1 targets."""
+    seen = []
+    original = autoattack.attack
+
+    def short(model, x, y, name, eps, norm, seed, index, *rest):
+        seen.append((name, index.tolist()))
+        quick = {
+            "apgd-ce": "apgd-ce-4",
+            "apgd-t": "apgd-t-4",
+            "fab-t": "fab-t-4",
+            "square": "square-30",
+        }
+        return original(model, x, y, quick[name], eps, norm, seed, index, *rest)
+
+    monkeypatch.setattr(autoattack, "attack", short)
+    result = evaluate(folder, "--eps", "0.3", "--batch-size", "5")
+    accuracy = result["checkpoints"][0]["accuracy"]
+    rows = [f"AutoAttack: {name}" for name in autoattack.STANDARD]
+    assert list(accuracy) == ["clean", *rows, "worst of all"]
+    values = [accuracy[row] for row in ["clean", *rows]]
+    assert values == sorted(values, reverse=True) and values[0] > values[-1] > 0
+    assert accuracy["worst of all"] == values[-1]
+    for k, name in enumerate(autoattack.STANDARD):
+        asked = [i for n, index in seen if n == name for i in index]
+        assert len(asked) == len(set(asked)) == round(values[k] * 16 / 100)
+        assert all(len(index) <= 5 for n, index in seen if n == name)
+
+
+def test_side_by_side_and_bf16(folder, capsys):
+    checkpoint(folder / "b" / "baseline.pt", 1, "none")
+    options = ("--attacks", "apgd-ce-3", "--precision", "bf16", "--norm", "l2", "--eps", "20")
+    result = evaluate(folder, folder / "r" / "last.pt", folder / "b" / "baseline.pt", *options)
+    assert [c["norm"] for c in result["checkpoints"]] == ["bn", "none"]
+    assert result["norm"] == "l2" and result["precision"] == "bf16"
+    text = capsys.readouterr().out
+    assert "b/baseline" in text and "worst" not in text
+    header = next(line for line in text.splitlines() if line.startswith("accuracy"))
+    assert header.split() == ["accuracy", "r", "b/baseline"]
+
+
+def test_foreign_network(folder):
+    """The state_dict of another project, by --arch and its normalisation, scores the same."""
+    state = run.load_checkpoint(folder / "r")["model"]
+    torch.save({k: v for k, v in state.items() if "normalize" not in k}, folder / "other.pt")
+    own = evaluate(folder, "--attacks", "fgsm", "--eps", "1")
+    half = "0.5,0.5,0.5"
+    options = ("--arch", "resnet8", "--dataset", "cifar10", "--mean", half, "--std", half)
+    other = evaluate(folder, folder / "other.pt", *options, "--attacks", "fgsm", "--eps", "1")
+    assert own["checkpoints"][0]["accuracy"] == other["checkpoints"][0]["accuracy"]
+
+
+def test_torchvision_by_name(monkeypatch):
+    """Normalisation inside, 1000 classes, the size of its own transform; unknown names."""
+    import torchvision
+
+    real = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: real(name))
+    model = models.from_torchvision("mobilenet_v3_small")
+    assert model.spec["num_classes"] == 1000 and model.spec["image_size"] == 224
+    x = torch.rand(2, 3, 224, 224)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(model(x), model.net((x - mean) / std))
+    with pytest.raises(UserError, match="no such network"):
+        models.from_torchvision("resnet51")
+
+    def offline(name, weights):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        models.from_torchvision("resnet18")
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+OPTIONS = ("--attacks", "pgd-2,apgd-ce-4,square-20", "--eps", "0.6", "--batch-size", "5")
+
+
+def interrupt(folder, monkeypatch, after):
+    """Evaluate and press Ctrl-C after so many batches."""
+    original, calls = autoattack.attack, [0]
+
+    def stopping(*args, **options):
+        if calls[0] == after:
+            raise KeyboardInterrupt
+        calls[0] += 1
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoattack, "attack", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(folder, *OPTIONS)
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_resume_is_exact(folder, monkeypatch, after):
+    """Table and images equal those of an uninterrupted run bit for bit; nothing is done twice."""
+    whole = without_times(evaluate(folder, *OPTIONS, "--save", folder / "whole.pt"))
+    interrupt(folder, monkeypatch, after)
+    assert len(list((folder / "out.json.state").glob("*.pt"))) == after
+    original, calls = autoattack.attack, [0]
+
+    def counting(*args, **options):
+        calls[0] += 1
+        return original(*args, **options)
+
+    monkeypatch.setattr(autoattack, "attack", counting)
+    resumed = without_times(evaluate(folder, *OPTIONS, "--resume", "--save", folder / "resumed.pt"))
+    assert resumed == whole and calls[0] == 9 - after
+    saved = [run.load_checkpoint(folder / f"{n}.pt", foreign=True) for n in ("whole", "resumed")]
+    for row in ("pgd-2", "apgd-ce-4", "square-20"):
+        a, b = (s["networks"]["r"][row] for s in saved)
+        assert torch.equal(a["rows"], b["rows"]) and torch.equal(a["images"], b["images"])
+    assert not (folder / "out.json.state").exists()
+
+
+def test_resume_refuses_what_differs(folder, monkeypatch):
+    interrupt(folder, monkeypatch, 2)
+    with pytest.raises(UserError, match="unfinished evaluation: --resume"):
+        evaluate(folder, *OPTIONS)
+    for change, text in (
+        (("--eps", "0.7"), "another eps"),
+        (("--norm", "l2"), "another norm"),
+        (("--seed", "1"), "another seed"),
+        (("--batch-size", "6"), "another batch size"),
+        (("--attacks", "pgd-3"), "another attacks"),
+        (("--precision", "bf16"), "another precision"),
+        (("--limit", "10"), "another data"),
+    ):
+        with pytest.raises(UserError, match=text):
+            evaluate(folder, *OPTIONS, *change, "--resume")
+    checkpoint(folder / "r" / "last.pt", seed=3)
+    with pytest.raises(UserError, match="another model"):
+        evaluate(folder, *OPTIONS, "--resume")
+    evaluate(folder, *OPTIONS, "--overwrite")
+    with pytest.raises(UserError, match="no unfinished evaluation"):
+        evaluate(folder, *OPTIONS, "--resume")
+
+
+# --- trust ----------------------------------------------------------------------------------------
+
+
+def test_images_that_do_not_fool_are_no_table(folder, monkeypatch):
+    """An attack that reports success where there is none is found out, and nothing is written."""
+    original = autoattack.attack
+
+    def boasting(model, x, y, *rest):
+        _, fooled, facts = original(model, x, y, *rest)
+        return run.to_float(x).float(), torch.ones_like(fooled), facts
+
+    monkeypatch.setattr(autoattack, "attack", boasting)
+    with pytest.raises(UserError, match="14 of 14 adversarial images are classified correctly"):
+        evaluate(folder, "--attacks", "fgsm")
+    assert not (folder / "out.json").exists()
+
+
+def test_images_outside_the_ball_are_no_table(folder, monkeypatch):
+    original = autoattack.attack
+
+    def far(model, x, y, name, eps, *rest):
+        return original(model, x, y, name, 1.1 * eps, *rest)
+
+    monkeypatch.setattr(autoattack, "attack", far)
+    with pytest.raises(UserError, match=r"leave the ball .* 8.8/255"):
+        evaluate(folder, "--attacks", "fgsm")
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.net, self.function = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), function
+
+    def forward(self, x):
+        return self.function(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "function, text",
+    [
+        (lambda z: z + 0.1 * torch.rand_like(z), "the network is random"),
+        (lambda z: z.softmax(1), "probabilities, not logits"),
+        (lambda z: z / 0, "not finite"),
+        (lambda z: z, None),
+    ],
+)
+def test_questions_before_the_attacks(function, text):
+    flags = script.inspect(Wrapped(function), torch.rand(6, 3, 2, 2))
+    assert len(flags) == (text is not None)
+    assert text is None or text in flags[0]
+
+
+def test_warnings_from_the_table():
+    plan = script.attack_names("standard")
+    rows = [row for row, _, _ in plan]
+    honest = dict(zip(["clean", *rows], [90, 50, 49, 49, 49], strict=True))
+    masked = honest | {rows[3]: 40}
+    assert script.compare_rows(plan, honest) == []
+    assert "9.00 points that the attacks by gradient miss" in script.compare_rows(plan, masked)[0]
+    plan = script.attack_names("sweep,square-10")
+    assert [name for _, name, _ in plan] == ["pgd-20", "pgd-50", "pgd-100", "square-10"]
+    steady = {"clean": 90, "pgd-20": 50, "pgd-50": 45, "pgd-100": 44.9, "square-10": 60}
+    assert script.compare_rows(plan, steady) == []
+    falling = steady | {"pgd-100": 43}
+    (flag,) = script.compare_rows(plan, falling)
+    assert "pgd: accuracy still falls from 45.00 to 43.00 between 50 and 100 steps" in flag
+    assert "Square" in script.compare_rows(plan, steady | {"square-10": 30})[0].title()
+
+
+def test_zero_gradients_are_a_warning(folder, monkeypatch, capsys):
+    original = autoattack.attack
+
+    def dead(*args):
+        adv, fooled, facts = original(*args)
+        return adv, fooled, facts | {"zero": 3}
+
+    monkeypatch.setattr(autoattack, "attack", dead)
+    result = evaluate(folder, "--attacks", "apgd-ce-2")
+    assert "apgd-ce-2: 3 images have a zero gradient" in result["checkpoints"][0]["warnings"][0]
+    assert "warning: r: apgd-ce-2: 3 images" in capsys.readouterr().out
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--eps", "0"], r"eps 0 is not in \(0, 255\]"),
+        (["--eps", "256"], "eps 256 is not in"),
+        (["--eps", "nan"], "eps nan is not in"),
+        (["--attacks", "pdg-20"], "there is no attack 'pdg-20'"),
+        (["--attacks", "pgd,pgd"], "pgd is there twice"),
+        (["--limit", "16"], "--limit 16: there are only 16"),
+        (["--arch", "resnet8"], "--arch goes with"),
+        (["--attacks", "fgsm", "--json", "/proc/x/y.json"], "cannot write"),
+    ],
+)
+def test_bad_options(folder, options, text):
+    with pytest.raises(UserError, match=text):
+        out = [] if "--json" in options else ["--json", str(folder / "o.json")]
+        every = [str(folder / "r"), *options, "--data-dir", str(folder), *out]
+        script.main(script.parse_args(every))
+
+
+def test_classes_of_another_data_set(folder):
+    checkpoint(folder / "c" / "last.pt", classes=7)
+    with pytest.raises(UserError, match=r"cifar10 has 10 classes, last\.pt 7"):
+        evaluate(folder, folder / "c" / "last.pt")
+
+
+def test_one_line_on_the_command_line(folder):
+    command = [sys.executable, str(SCRIPT), str(folder / "none.pt"), "--data-dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [f"error: {folder / 'none.pt'}: no such checkpoint"]
