@@ -33,6 +33,8 @@ IMAGENET_TESTS = {
 }
 IMAGENET = ("imagenet", *IMAGENET_TESTS)
 IN9_TESTS = {"in9": "original", "in9-mixed-same": "mixed_same", "in9-mixed-rand": "mixed_rand"}
+IN9 = ("00_dog", "01_bird", "02_wheeled vehicle", "03_reptile", "04_carnivore", "05_insect",
+       "06_musical instrument", "07_primate", "08_fish")  # fmt: skip
 # Images in the whole of each set, for what is said about an incomplete one.
 COUNTS = {
     "cifar10.1": {"v4": 2_021, "v6": 2_000},
@@ -169,8 +171,8 @@ def read_tree(name, data_dir, size, options):
         if not test.is_dir():
             raise missing(name, test)
         parts = train_and_test(name, root / train / "train", test, size, options)
-        if len(parts[2]) != 9:
-            raise UserError(f"{root / train / 'train'}: {len(parts[2])} class folders, IN-9 has 9")
+        if parts[2] != list(IN9):
+            raise UserError(f"{root / train / 'train'}: not the nine classes {', '.join(IN9)}")
         return parts
     root = find("imagenet", data_dir, ("imagenet", "ILSVRC/Data/CLS-LOC"), ["train"])
     train = listed(root / "train", COUNTS["imagenet"]["train"], "imagenet train")

@@ -132,12 +132,17 @@ def test_tiny_imagenet(tmp_path):
 
 
 def test_backgrounds_challenge(tmp_path):
-    names = [f"{k:02d}_x" for k in range(9)]
+    names = trees.IN9
     root = tmp_path / "bg_challenge"
     put(root, *(f"original/val/{n}/a.JPEG" for n in names))
     with pytest.raises(UserError, match=r"in9: no .*original/train.*backgrounds_challenge"):
         load("in9", tmp_path)
-    put(root, *(f"original/train/{n}/{k}.JPEG" for n in names for k in range(2)))
+    put(root, *(f"original/train/{n}/{k}.JPEG" for n in names[1:] for k in range(2)))
+    put(root, "original/val/00_dog/b.JPEG")
+    with pytest.raises(UserError, match="00_dog"):
+        load("in9", tmp_path)
+    put(root, *(f"original/train/{names[0]}/{k}.JPEG" for k in range(2)))
+    (root / "original/val/00_dog/b.JPEG").unlink()
     assert load("in9", tmp_path).test.y.sort().values.tolist() == list(range(9))
     with pytest.raises(UserError, match=r"in9-mixed-rand: no .*mixed_rand/val"):
         load("in9-mixed-rand", tmp_path)
