@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import corruptions, run
+from common import corruptions, data, models, run
 
 GOLDEN = Path(__file__).parent / "golden" / "corruptions.npz"
 EVERY = [*corruptions.NAMES, *corruptions.EXTRA]
@@ -458,3 +458,39 @@ def test_speed_prints_every_corruption(capsys, tmp_path):
     assert json.loads(file.read_text())["corruptions"]["frost"] == "procedural"
     with pytest.raises(run.UserError, match="33 is not one of 32, 64, 224"):
         speed.parse_args(["corruptions", "--sizes", "33"])
+
+
+# --- a network trained by others, under the original code's images and the engine's ---------------
+
+RESNET20 = ROOT / "eval" / "results" / "corruption_engine_resnet20.json"
+
+
+def test_a_network_errs_as_under_the_original_code():
+    """Of the recorded errors on 2,000 images each pair differs by sampling alone: exactly equal
+    where nothing is drawn, elsewhere the images that only one side gets wrong split evenly."""
+    cells = json.loads(RESNET20.read_text())["cells"]
+    assert set(cells) == {*corruptions.NAMES, *corruptions.EXTRA}
+    for name, rows in cells.items():
+        for row in rows:
+            one, other = row["wrong_in_original_only"], row["wrong_in_engine_only"]
+            assert abs(row["original"] - row["engine"]) == pytest.approx(abs(one - other) / 20)
+            # 95 pairs: 3.5 standard deviations are passed by chance in 4 % of such tables
+            assert abs(one - other) <= 3.5 * (one + other) ** 0.5, name
+            if name in DETERMINISTIC:
+                assert one + other == 0, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*corruptions.NAMES, *corruptions.EXTRA])
+def test_the_recorded_errors_are_the_engines(shared, cifar10_dir, name):
+    """ResNet-20 of akamaster on the first 2,000 test images, seed 0; one image of rounding."""
+    images = data.load("cifar10", cifar10_dir).test.take(slice(0, 2000))
+    net = models.build("resnet20", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    file = shared / "checkpoints" / "resnet20-12fca82f.th"
+    models.load_foreign(net, run.load_checkpoint(file, foreign=True))
+    recorded = json.loads(RESNET20.read_text())["cells"][name]
+    for severity, row in enumerate(recorded, 1):
+        options = {"frost_dir": shared / "golden" / "frost"} if name == "frost" else {}
+        x = corruptions.corrupt(images.x, name, severity, seed=0, **options)
+        error = run.evaluate(net, x, images.y)["error"]
+        assert error == pytest.approx(row["engine"], abs=0.051)
