@@ -84,6 +84,10 @@ def add_arguments(parser):
         help="test on this domain, train on the others; ct.py: all, one after the other",
     )  # fmt: skip
     group.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
+    group.add_argument(
+        "--decode", default="workers", choices=["workers", "device"],
+        help="where files are decoded; device: JPEGs by nvJPEG on the GPU",
+    )  # fmt: skip
     group.add_argument("--strict", action="store_true", help="stop at a file that is no image")
     group.add_argument(
         "--val-size", type=run.nonnegative(int), default=0, metavar="N",
@@ -101,7 +105,7 @@ def add_arguments(parser):
 
 def load(
     name, data_dir="data", val_size=0, limit=0, seed=0, device="cpu", image_size=None,
-    test_domain=None, workers=None, strict=False,
+    test_domain=None, workers=None, strict=False, decode="workers",
 ):  # fmt: skip
     """Read a data set. Raises UserError where files are missing, truncated or of another shape.
 
@@ -110,9 +114,9 @@ def load(
     test_domain: leave this domain out: test is all of it, train and val are 80 and 20 % of each of
     the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain,
     camelyon17 with its official splits (val: hospital 1, test: hospital 2).
-    image_size: of a tree, or of shapes; workers, strict: of `folders.Files`.
+    image_size: of a tree, or of shapes; workers, strict, decode: of `folders.Files`.
     """
-    options = {"device": device, "workers": workers, "strict": strict}
+    options = {"device": device, "workers": workers, "strict": strict, "decode": decode}
     sized = name in ("shapes", "tiny-imagenet") or name not in STATS
     if image_size and not sized:
         raise UserError(f"--image-size {image_size}: {name} has 32 pixels")
@@ -158,7 +162,7 @@ def load(
 def from_args(args, device, **change):
     """The data set of a script's options (`add_arguments`); `change` overrides some."""
     keys = ("data_dir", "val_size", "limit", "seed", "image_size", "test_domain", "workers")
-    options = {k: getattr(args, k) for k in (*keys, "strict")} | change
+    options = {k: getattr(args, k) for k in (*keys, "strict", "decode")} | change
     return load(args.dataset, device=device, **options)
 
 

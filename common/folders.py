@@ -260,13 +260,14 @@ def fitted(image, size, fit):
 
 
 class Reader(Dataset):
-    """Decodes batches in the loader's processes. reader[epoch, positions] with epoch None: as in
-    evaluation. Returns (uint8 (n,3,S,S), the positions it holds, [(row, reason)] unreadable)."""
+    """Decodes batches in the loader's processes. reader[epoch, positions, augment], epoch None for
+    an evaluation, is (uint8 (n,3,S,S), the positions it holds, [(row, reason)] unreadable), or the
+    text of a UserError; with files.decode "device" it is what `decoded` takes."""
 
     def __init__(self, files, seed=0, flip=True):
         self.listing, self.rows = files.listing, files.rows
         self.size, self.fit, self.scale = files.size, files.fit, files.scale
-        self.seed, self.flip = seed, flip
+        self.seed, self.flip, self.raw = seed, flip, files.decode == "device"
 
     def prepare(self, image, epoch, position):
         """The picture as the network gets it; in training the draws depend on this key alone."""
@@ -276,6 +277,51 @@ class Reader(Dataset):
         return augmented(image, self.size, self.scale, self.flip, rng)
 
     def __getitem__(self, batch):
+        if not self.raw:
+            return self.read(batch)
+        from torchvision.io import read_file
+
+        contents = []
+        for position in batch[1]:
+            with contextlib.suppress(RuntimeError):
+                content = read_file(self.listing.path(int(self.rows[position])))
+                if content[:2].tolist() == [0xFF, 0xD8]:
+                    contents.append((position, content))
+        return batch, contents
+
+    def decoded(self, batch, contents, device):
+        """What `read` returns, with the JPEGs decoded on the device (nvJPEG on a GPU); what is
+        none, or broken, goes the way of `read`."""
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        epoch, positions, augment = batch
+        images, x, held, bad = {}, [], [], []
+        try:
+            many = decode_jpeg([c for _, c in contents], ImageReadMode.RGB, device=device)
+            images = dict(zip((p for p, _ in contents), many, strict=True))
+        except RuntimeError:  # does not say which
+            for position, content in contents:
+                with contextlib.suppress(RuntimeError):
+                    images[position] = decode_jpeg([content], ImageReadMode.RGB, device=device)[0]
+        for position in positions:
+            if position not in images:
+                found = self.read((epoch, [position], augment))
+                if isinstance(found, str):
+                    return found
+                x.append(found[0].to(device))
+                held += found[1].tolist()
+                bad += found[2]
+                continue
+            try:
+                image = self.prepare(images[position], epoch if augment else None, position)
+            except UserError as error:
+                return f"{self.listing.path(int(self.rows[position]))}: {error}"
+            x.append(image[None])
+            held.append(position)
+        x = torch.cat(x) if x else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return x, torch.tensor(held, dtype=torch.int64), bad
+
+    def read(self, batch):
         epoch, positions, augment = batch
         x = torch.empty(len(positions), 3, self.size, self.size, dtype=torch.uint8)
         held, bad = [], []
@@ -309,18 +355,20 @@ class Files:
     NumPy x[slice] is a view (of files undecoded), x[index tensor] is new: the images.
 
     size, fit: of `fitted`; scale: of `augmented`; only: class numbers to which the logits of an
-    evaluation are restricted; bad: {row of the listing: reason} of the files found unreadable.
+    evaluation are restricted; decode: "workers", or "device" for JPEGs there (nvJPEG on a GPU);
+    bad: {row of the listing: reason} of the files found unreadable.
     """
 
     dtype = torch.uint8
 
     def __init__(
         self, listing, rows=None, size=224, fit="crop", scale=(0.08, 1.0), device="cpu",
-        workers=None, strict=False, only=None,
+        workers=None, strict=False, only=None, decode="workers",
     ):  # fmt: skip
         self.listing, self.size, self.fit, self.scale = listing, size, fit, scale
         self.rows = np.arange(len(listing)) if rows is None else np.asarray(rows, np.int64)
         self.device, self.strict, self.bad = torch.device(device), strict, {}
+        self.decode = decode
         self.workers = default_workers() if workers is None else workers
         self.only = None if only is None else torch.as_tensor(only)
         self.skipped = np.zeros(0, np.int64)  # positions left out by the last `split`
@@ -395,8 +443,9 @@ class Files:
         pinned, workers = self.device.type == "cuda", self.workers
         if hasattr(batches, "__len__"):
             workers = min(workers, len(batches) if len(self) > 32 else 0)
+        reader = Reader(self, seed, flip)
         loader = DataLoader(
-            Reader(self, seed, flip), sampler=batches, batch_size=None, num_workers=workers,
+            reader, sampler=batches, batch_size=None, num_workers=workers,
             pin_memory=pinned, prefetch_factor=4 if workers else None, generator=torch.Generator(),
         )  # fmt: skip
         side = torch.cuda.Stream(self.device) if pinned else None
@@ -409,6 +458,8 @@ class Files:
             except RuntimeError as error:  # torch's word for a killed process or a full /dev/shm
                 reason = str(error).splitlines()[0]
                 raise UserError(f"loader: {reason}; fewer --workers may help") from None
+            if reader.raw:
+                batch = reader.decoded(*batch, self.device)
             if isinstance(batch, str):
                 raise UserError(batch)
             x, held, bad = batch

@@ -412,3 +412,18 @@ def test_speed_of_the_loader(tree, capsys):
     }  # fmt: skip
     assert all(v > 0 for v in found["images_per_s"].values())
     assert "20 files listed" in capsys.readouterr().out
+
+
+def test_decoding_on_the_device_gives_the_same_batches(tree, capsys):
+    """The path of nvJPEG, here with the CPU's decoder: PNGs and broken files go around it."""
+    write_png(picture(7), str(tree / "train" / "cat" / "003.png"))
+    cut(tree / "train" / "dog" / "004.jpg")
+    (tree / "val" / "cat" / "001.jpg").write_bytes(b"")
+    ours, theirs = load(tree, decode="device"), load(tree)
+    batches = [data.Batches(d.train, 7, seed=0) for d in (ours, theirs)]
+    for step in (0, 1, 4):
+        for a, b in zip(*(stream(step) for stream in batches), strict=True):
+            assert torch.equal(a, b)
+    few = [d.test.take(slice(None)) for d in (ours, theirs)]
+    assert len(few[0].y) == 7 and torch.equal(few[0].x, few[1].x)
+    assert len(ours.train.x.bad) == 1 and ours.train.x.bad.keys() == theirs.train.x.bad.keys()
