@@ -33,8 +33,8 @@ STATS = {
 }
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of every set of photographs
 DOMAINS = (*trees.DOMAINS, "shapes")
-NAMES = ("shapes", *STATS, "folder", "tiny-imagenet", *trees.IMAGENET, *trees.IN9_TESTS,
-         *trees.DOMAINS)  # fmt: skip
+PHOTOGRAPHS = ("folder", *trees.IMAGENET, *trees.IN9_TESTS, *trees.DOMAINS)  # files, not tensors
+NAMES = ("shapes", *STATS, "tiny-imagenet", *PHOTOGRAPHS)
 HELD_OUT = 0.2  # of every training domain, for model selection (DomainBed)
 SHAPES_SIZES = {"train": 10_000, "test": 2_000}
 
