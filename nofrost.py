@@ -101,7 +101,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     run.add_arguments(parser)
     args = run.parse(parser, argv)
-    for key, value in (RECIPES["small"] | RECIPES.get(args.dataset, {})).items():
+    recipe = "imagenet" if args.dataset in data.PHOTOGRAPHS else args.dataset
+    for key, value in (RECIPES["small"] | RECIPES.get(recipe, {})).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.label_smoothing is None:
