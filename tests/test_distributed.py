@@ -14,7 +14,7 @@ from common import run
 
 # Imports once, then forks the processes of a job with what torchrun puts in their environment.
 JOB = """
-    import importlib, os, sys, torch
+    import importlib.util, os, sys, torch
     from torch.utils.tensorboard import SummaryWriter
     from common import data, models, run
     import ct, bn_ablation, fixup_penalty, nofrost
@@ -245,6 +245,38 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):
     printed = processes(2, body)
     assert "after step 10: stopped; go on with" in printed and "exit codes [0, 0]" in printed
     assert run.load_checkpoint(tmp_path / "r")["step"] == 10
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+EVALUATE = """
+    for name, options in (
+        ("corruptions", ["--corruptions", "gaussian_noise,jpeg_compression,spatter"]),
+        ("adversarial", ["--attacks", "pgd-2,square-20", "--batch-size", "7"]),
+    ):
+        path = run.ROOT / "eval" / f"{{name}}.py"
+        spec = importlib.util.spec_from_file_location(f"eval_{{name}}", path)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        argv = [{checkpoint!r}, "--json", {folder!r} + f"/{{name}}.json", "--device", "cpu"]
+        script.main(script.parse_args([*argv, "--limit", "30", *options]))
+"""
+
+
+def test_evaluations(trained, tmp_path):
+    """Corruptions and attacks on 30 images over 4 processes: the accuracies of one process."""
+    checkpoint, found = str(trained[1] / "ct" / "last.pt"), {}
+    for world in (1, 4):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        processes(world, EVALUATE.format(checkpoint=checkpoint, folder=str(folder)))
+        for name in ("corruptions", "adversarial"):
+            (entry,) = json.loads((folder / f"{name}.json").read_text())["checkpoints"]
+            keys = ("error",) if name == "corruptions" else ("accuracy",)
+            found[world, name] = {key: entry[key] for key in keys}
+        assert not (folder / "adversarial.json.state").exists()
+    for name in ("corruptions", "adversarial"):
+        assert found[1, name] == found[4, name]
 
 
 # --- torchrun -------------------------------------------------------------------------------------
