@@ -462,7 +462,7 @@ def test_speed_prints_every_corruption(capsys, tmp_path):
 
 # --- a network trained by others, under the original code's images and the engine's ---------------
 
-RESNET20 = ROOT / "eval" / "results" / "corruption_engine_resnet20.json"
+RESNET20 = run.ROOT / "eval" / "results" / "corruption_engine_resnet20.json"
 
 
 def test_a_network_errs_as_under_the_original_code():
