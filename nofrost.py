@@ -62,11 +62,11 @@ def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
     group = parser.add_argument_group("model and optimisation (default: by data set, see RECIPES)")
-    group.add_argument("--arch", help="wrn10-1 for shapes, nf_resnet50 for imagenet, else wrn28-10")
+    group.add_argument("--arch", help="wrn10-1 for shapes, nf_resnet50 for trees, else wrn28-10")
     group.add_argument("--norm", default="nf", help="nf, none, gn, in, ln, bn, dual-bn")
     group.add_argument("--epochs", type=run.positive(int))
     group.add_argument("--batch-size", type=run.positive(int))
-    group.add_argument("--lr", type=run.positive(float), help="peak rate; per 256 images: imagenet")
+    group.add_argument("--lr", type=run.positive(float), help="peak rate; of trees: per 256 images")
     group.add_argument("--schedule", choices=["step", "epoch"], help="of the cosine to 0")
     group.add_argument("--warmup", type=run.nonnegative(float), help="epochs")
     group.add_argument("--momentum", type=run.nonnegative(float), default=0.9)
@@ -318,7 +318,7 @@ def train(model, args, batches, held_out, selects, record, precision):
     """
     device, per_epoch = next(model.parameters()).device, batches["clean"].per_epoch
     total, warmup = args.epochs * per_epoch, round(args.warmup * per_epoch)
-    peak = args.lr * (args.batch_size / 256 if args.dataset == "imagenet" else 1)
+    peak = args.lr * (args.batch_size / 256 if args.dataset in data.PHOTOGRAPHS else 1)
     attacked = "adv" in args.streams and (args.lam > 0 or args.loss == "trades")
     if args.norm == "dual-bn" and not attacked and run.world() > 1:
         raise run.UserError("dual-bn without attacks: half of it is idle; use one process, or bn")
