@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import attacks, autoattack, models, run, shapes
+from common import attacks, autoattack, data, models, run, shapes
 from common.autoattack import attack, checkpoints, distance, nearest, parse
 from common.run import UserError
 
@@ -214,13 +214,13 @@ def test_every_attack_agrees_with_the_exact_radius():
     net, x, _ = linear(seed=3)
     with torch.no_grad():
         z, w = net(x), net[1].weight
-        net[1].bias[0] += (z[:, 1] - z[:, 0]).median() + 0.01
+        net[1].bias[0] += (z[:, 1] - z[:, 0]).median()
         net[1].bias[2:] = -5
         z = net(x)
-    y = z.argmax(1)
     radius = 255 * (z[:, 0] - z[:, 1]).abs() / (w[0] - w[1]).norm(1)
+    clear = radius > 0.5  # CLEAR, of a largest logit of 5, is not small beside nearer ones
+    x, y, radius = x[clear], z.argmax(1)[clear], radius[clear]
     assert y.unique().tolist() == [0, 1]
-    assert radius.min() > 0.3
     for name in ("bim-40", "pgd-40", "cw-40", "mim", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t-40"):
         for i in range(len(x)):
             one, r = (x[i : i + 1], y[i : i + 1], name), radius[i].item()
@@ -417,3 +417,47 @@ def test_no_images():
     net, x, y = linear()
     adv, fooled, _ = attack(net, x[:0], y[:0], "apgd-ce-2")
     assert adv.shape == (0, 3, 6, 6) and fooled.shape == (0,)
+
+
+# --- other people's code --------------------------------------------------------------------------
+
+IMAGES = 400  # 2 of them are half a point; tens of minutes on one core
+
+
+def reference(model, x, y, name, eps, norm):
+    """Fooled (N,) by the authors' implementation, one restart, the settings of `standard`."""
+    theirs = pytest.importorskip("autoattack", reason="needs github.com/fra31/auto-attack")
+    norm = {"linf": "Linf", "l2": "L2"}[norm]
+    suite = theirs.AutoAttack(model, norm, eps / 255, seed=0, verbose=False, device="cpu")
+    suite.attacks_to_run = [name]
+    return suite.run_standard_evaluation(x, y, bs=50)
+
+
+def torchattacks(model, x, y, name, eps, norm):
+    """APGD of torchattacks."""
+    theirs = pytest.importorskip("torchattacks")
+    options = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps / 255, "n_restarts": 1}
+    loss = name.removeprefix("apgd-")
+    kind = theirs.APGDT if loss == "t" else functools.partial(theirs.APGD, loss=loss)
+    return kind(model, steps=100, **options)(x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm, eps", [("linf", 1), ("l2", 38)])
+@pytest.mark.parametrize("oracle", [reference, torchattacks])
+def test_agrees_with_other_implementations(oracle, norm, eps, shared, cifar10_dir):
+    """Accuracy of akamaster's ResNet-20 under each attack, within half a point."""
+    model = models.build("resnet20", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    state = run.load_checkpoint(shared / "checkpoints" / "resnet20-12fca82f.th", foreign=True)
+    models.load_foreign(model, state)
+    test = data.load("cifar10", cifar10_dir).test
+    x, y = test.x[:IMAGES].float() / 255, test.y[:IMAGES]
+    right = autoattack.judge(model, x, y)[0] <= 0
+    x, y = x[right], y[right]
+    others = ("fab-t", "square") if oracle is reference else ()
+    for name in ("apgd-ce", "apgd-dlr", "apgd-t", *others):
+        radius = eps * (4 if name == "square" else 1)  # where more than a few fall
+        theirs = oracle(model, x, y, name, radius, norm)
+        fooled = autoattack.judge(model, theirs, y)[0] > 0
+        ours = attack(model, x, y, name, radius, norm)[1]
+        assert abs(int(ours.sum()) - int(fooled.sum())) <= 0.005 * IMAGES, name
