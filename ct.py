@@ -122,7 +122,7 @@ def distance(kind, student, teacher, temperature):
     if kind == "mse":
         return F.mse_loss(student, teacher)
     if kind == "relative":
-        return F.mse_loss(student, teacher) / teacher.square().mean()
+        return F.mse_loss(student, teacher) / run.mean(teacher.square().mean())
     if kind == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
     s, t = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
