@@ -71,7 +71,8 @@ def missing(name, what):
 
 def note(text):
     """What is missing in a set that can be used all the same: one line on stderr."""
-    print(f"note: {text}", file=sys.stderr)
+    if run.rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def find(name, data_dir, names, marks):

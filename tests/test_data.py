@@ -135,6 +135,15 @@ def test_interrupted_download_leaves_nothing(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_test_set_sorted_by_class_is_mixed(tmp_path):
+    """The first images of cifar100.npz are otherwise those of a few classes."""
+    x = np.arange(60, dtype=np.uint8).repeat(32 * 32 * 3).reshape(60, 32, 32, 3)
+    npz(tmp_path / "cifar100.npz", x_test=x, y_test=np.arange(60) // 20)
+    test = data.load("cifar100", tmp_path).test
+    assert torch.bincount(test.y[:20], minlength=3).min() > 2
+    assert torch.equal(test.x[:, 0, 0, 0].long() // 20, test.y)
+
+
 # --- splits -------------------------------------------------------------------------------------
 
 
