@@ -299,7 +299,7 @@ class Reader(Dataset):
         try:
             many = decode_jpeg([c for _, c in contents], ImageReadMode.RGB, device=device)
             images = dict(zip((p for p, _ in contents), many, strict=True))
-        except RuntimeError:  # does not say which
+        except (RuntimeError, ValueError):  # does not say which; or there is none
             for position, content in contents:
                 with contextlib.suppress(RuntimeError):
                     images[position] = decode_jpeg([content], ImageReadMode.RGB, device=device)[0]
