@@ -12,7 +12,6 @@ without branches is He fan-in. Warm-up and gradient clipping are the scripts' pa
 """
 
 import re
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -1073,23 +1072,22 @@ def triple(text):
 
 
 def from_torchvision(name):
-    """An ImageNet network of torchvision with its best weights, normalisation inside."""
-    from torchvision.models import get_model, get_model_weights
+    """An ImageNet network of torchvision with its first published weights, from torchvision's
+    cache; its normalisation inside."""
+    from torchvision import models as theirs
 
     try:
-        weights = get_model_weights(name).DEFAULT
-        net = get_model(name, weights=weights)
+        weights = theirs.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError):
-        raise UserError(f"torchvision:{name}: torchvision has no such network") from None
-    except OSError as error:
-        raise UserError(f"torchvision:{name}: its weights cannot be fetched ({error})") from None
+        raise UserError(f"torchvision:{name}: has no weights IMAGENET1K_V1") from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not file.is_file():
+        raise UserError(f"torchvision:{name}: no {file}; put {weights.url} there")
+    net = theirs.get_model(name)
+    net.load_state_dict(run.load_checkpoint(file, foreign=True))
     form = weights.transforms()
-    model = nn.Sequential(OrderedDict(normalize=Normalize(form.mean, form.std), net=net)).eval()
-    classes = len(weights.meta["categories"])
-    model.spec = {
-        "arch": name, "norm": "torchvision", "num_classes": classes,
-        "image_size": form.crop_size[0],
-    }  # fmt: skip
+    model = nn.Sequential(Normalize(form.mean, form.std), net).eval()
+    model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
     return model
 
 
@@ -1110,7 +1108,8 @@ def for_evaluation(args, device):
             tensors = next((state[k] for k in ("state_dict", "model", "net") if k in state), state)
             heads = [v for v in tensors.values() if isinstance(v, torch.Tensor) and v.ndim == 2]
             classes = len(heads[-1]) if heads else 10
-            model = build(args.arch, args.model_norm, classes, 32, args.mean, args.std)
+            size = {"imagenet": 224, "tiny-imagenet": 64}.get(args.dataset, 32)
+            model = build(args.arch, args.model_norm, classes, size, args.mean, args.std)
             load_foreign(model, state)
             facts = model.spec | {"dataset": args.dataset, "method": "foreign"}
         else:

@@ -161,27 +161,25 @@ def test_foreign_network(folder):
     assert own["checkpoints"][0]["accuracy"] == other["checkpoints"][0]["accuracy"]
 
 
-def test_torchvision_by_name(monkeypatch):
-    """Normalisation inside, 1000 classes, the size of its own transform; unknown names."""
+def test_torchvision_by_name(monkeypatch, tmp_path):
+    """Weights from the cache, normalisation inside; a name or a file that is not there."""
     import torchvision
 
-    real = torchvision.models.get_model
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: real(name))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match="put https"):
+        models.from_torchvision("mobilenet_v3_small")
+    with pytest.raises(UserError, match="has no weights"):
+        models.from_torchvision("resnet51")
+    net = torchvision.models.mobilenet_v3_small().eval()
+    weights = torchvision.models.get_model_weights("mobilenet_v3_small").IMAGENET1K_V1
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(net.state_dict(), tmp_path / "checkpoints" / weights.url.rpartition("/")[2])
     model = models.from_torchvision("mobilenet_v3_small")
     assert model.spec["num_classes"] == 1000 and model.spec["image_size"] == 224
     x = torch.rand(2, 3, 224, 224)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    torch.testing.assert_close(model(x), model.net((x - mean) / std))
-    with pytest.raises(UserError, match="no such network"):
-        models.from_torchvision("resnet51")
-
-    def offline(name, weights):
-        raise OSError("no route")
-
-    monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(UserError, match="cannot be fetched"):
-        models.from_torchvision("resnet18")
+    torch.testing.assert_close(model(x), net((x - mean) / std))
 
 
 # --- resuming -------------------------------------------------------------------------------------
