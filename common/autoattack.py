@@ -571,7 +571,7 @@ def attack(
         else:
             with prepared(net.plan, net.dtype):
                 adv, claimed = search(net, x, y, kind, steps, eps / 255, norm, seed, index, tick)
-        facts["zero"] = net.zero
+        facts["zero"] = min(net.zero, len(x))  # of one image towards several targets
     lead, scale = judge(model, adv, y)
     fooled = lead > CLEAR * scale
     facts["lost"] = 0 if claimed is None else int((claimed & ~fooled).sum())

@@ -95,7 +95,10 @@ class Progress:
     line = run.Run.progress
 
     def show(self, share):
-        self.line(int(1000 * (self.batch + share)), 1000 * self.batches, self.title)
+        """At every step of an attack: the line on a terminal, in a pipe another every minute."""
+        late = not self._tty and time.perf_counter() - self._shown > 60
+        done = int(1000 * (self.batch + share))
+        self.line(done, 1000 * self.batches, self.title, done=late)
 
     def clear(self):
         if self._tty:
