@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -520,6 +521,30 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
         record.save("last.pt", model.spec | {"model": model.state_dict(), "optimizer": state})
     assert not list(tmp_path.glob("*.pt"))
     record.close({})
+
+
+# --- data archives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_an_archive_cannot_leave_its_folder(tmp_path, monkeypatch, name):
+    """One with ../ and absolute paths is refused by its MD5 before anything of it is unpacked."""
+    from torchvision.datasets import utils
+
+    outside, fetched = tmp_path / "outside", []
+
+    def retrieve(url, filename, *rest, **options):
+        fetched.append(filename)
+        with tarfile.open(filename, "w:gz") as archive:
+            for path in ("../../escaped", str(outside), "cifar-10-batches-py/x"):
+                archive.addfile(tarfile.TarInfo(path))
+
+    monkeypatch.setattr(utils, "_urlretrieve", retrieve)
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, *rest, **options: url)
+    with pytest.raises(UserError, match="download failed"):
+        data.load(name, tmp_path / "a" / "data")
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert fetched and files == [] and not outside.exists()
 
 
 # --- memory ---------------------------------------------------------------------------------------
