@@ -150,6 +150,20 @@ def test_side_by_side_and_bf16(folder, capsys):
     assert header.split() == ["accuracy", "r", "b/baseline"]
 
 
+def test_table_over_seeds(folder):
+    """eval/tables.py: mean and standard deviation of each attack's accuracy over the seeds."""
+    spec = importlib.util.spec_from_file_location("eval_tables", SCRIPT.with_name("tables.py"))
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    checkpoint(folder / "s1" / "last.pt", 1)
+    paths = folder / "r" / "last.pt", folder / "s1" / "last.pt"
+    result = evaluate(folder, *paths, "--attacks", "fgsm,bim-2", "--eps", "0.3")
+    (row,) = tables.main(tables.parse_args([str(folder / "out.json")])).values()
+    a, b = (entry["accuracy"]["bim-2"] for entry in result["checkpoints"])
+    assert row["bim-2"] == f"{(a + b) / 2:.2f} +- {abs(a - b) / 2**0.5:.2f}" and row["n"] == 2
+    assert list(row) == ["clean", "fgsm", "bim-2", "worst of all", "n"]
+
+
 def test_foreign_network(folder):
     """The state_dict of another project, by --arch and its normalisation, scores the same."""
     state = run.load_checkpoint(folder / "r")["model"]
