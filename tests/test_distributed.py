@@ -70,7 +70,7 @@ TRAINERS = {
     "ct": "--arch resnet8 --norm none --lr 0.02 --lam 1 --epochs 5 --no-baseline "
     "--corrupted-images 11",
     "bn_ablation": "--arch vgg11-4 --norms none --steps 20 --measure-every 10 --log-every 10",
-    "nofrost": "--arch wrn10-1 --norm nf --epochs 5 --attack-steps 2 --robust-images 30",
+    "nofrost": "--arch wrn10-1 --norm nf --lr 0.02 --epochs 5 --attack-steps 2 --robust-images 30",
 }
 IN_FP64 = {
     "ct": "--arch resnet8 --norm gn --lam 1 --epochs 5 --no-baseline --corrupted-images 0",
