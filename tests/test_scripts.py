@@ -1,0 +1,56 @@
+"""What DESIGN promises of the scripts as texts: who imports whom, one order of sections, and shared
+blocks that stay the same."""
+
+import ast
+import sys
+
+import pytest
+
+from common import run
+
+SCRIPTS = ("ct.py", "nofrost.py", "fixup_penalty.py", "bn_ablation.py")
+OWN = {"parse_args", "build", "train", "main", "distance"}  # each script has its own
+BANNERS = ["options", "method", "training", "main"]
+
+
+def text(name):
+    return (run.ROOT / name).read_text()
+
+
+def functions(name):
+    nodes = [n for n in ast.parse(text(name)).body if isinstance(n, ast.FunctionDef)]
+    return {n.name: ast.get_source_segment(text(name), n) for n in nodes}
+
+
+def test_functions_of_one_name_are_one_function():
+    found = {}
+    for script in SCRIPTS:
+        for name, source in functions(script).items():
+            found.setdefault(name, {})[script] = source
+    shared = {k: v for k, v in found.items() if len(v) > 1 and k not in OWN}
+    assert {"lr_at", "corrupted_error"} <= set(shared)
+    for name, sources in shared.items():
+        assert len(set(sources.values())) == 1, f"{name} differs between {', '.join(sources)}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sections_in_order(script):
+    lines = [line.strip("# -") for line in text(script).splitlines() if line[:5] == "# ---"]
+    assert [line for line in lines if line != "figures"] == BANNERS
+    assert {"parse_args", "main"} <= set(functions(script))
+
+
+@pytest.mark.parametrize("folder", ["", "eval", "common"])
+def test_imports(folder):
+    """The packages of requirements.txt (Pillow comes with torchvision) and `common`; speed.py looks
+    for other attack libraries to measure."""
+    allowed = {"torch", "torchvision", "numpy", "tensorboard", "PIL", "common"}
+    for path in (run.ROOT / folder).glob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        others = {"torchattacks", "foolbox"} if path.name == "speed.py" else set()
+        assert found - allowed - others <= sys.stdlib_module_names, path.name
