@@ -323,13 +323,14 @@ def growth(variants, archs, dataset, record, precision, device):
     return final
 
 
-def corrupted_error(networks, images, precision, data_dir):
+def corrupted_error(networks, images, precision, data_dir, scale=None):
     """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
     sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
     index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
     for name in corruptions.NAMES:
         for severity in range(1, 6):
-            x = corruptions.corrupt(mine.x, name, severity, index=index, data_dir=data_dir)
+            options = {"index": index, "data_dir": data_dir, "scale": scale}
+            x = corruptions.corrupt(mine.x, name, severity, **options)
             for key, model in networks.items():
                 sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}
@@ -367,7 +368,8 @@ def main(args):
         results[stage] = values | run.evaluate(networks[stage], *dataset.test, precision)
     if args.corrupted_images:
         subset = dataset.test.take(slice(0, args.corrupted_images))
-        for stage, value in corrupted_error(networks, subset, precision, args.data_dir).items():
+        errors = corrupted_error(networks, subset, precision, args.data_dir, dataset.scale)
+        for stage, value in errors.items():
             results[stage]["corrupted"] = value
 
     final, rows = {}, []
