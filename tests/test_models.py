@@ -170,7 +170,7 @@ def test_norm_free_nets_keep_the_variance(arch):
     model = models.build(arch, "nf")
     kinds = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
     assert not any(isinstance(m, kinds) for m in model.modules())
-    x = torch.randn(256, 3, 1, 1).expand(-1, -1, 32, 32)  # pooling would shrink white noise
+    x = torch.randn(64, 3, 1, 1).expand(-1, -1, 32, 32)  # pooling would shrink white noise
     blocks = [m for m in model.modules() if hasattr(m, "branch")]
     stem = model.stem(x)
     start = model.stages(stem)
@@ -179,7 +179,7 @@ def test_norm_free_nets_keep_the_variance(arch):
         torch.nn.init.ones_(getattr(block, block.branch[-1]).gain)
     spread = model.stages(stem).var().item()
     assert 0.3 < spread < 3 and not torch.equal(start, model.stages(stem))
-    model(x).square().sum().backward()
+    model(x[:2]).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
