@@ -11,6 +11,7 @@ convolutions, the first two rules of Fixup (Zhang et al. 2019) without its scala
 without branches is He fan-in. Warm-up and gradient clipping are the scripts' part.
 """
 
+import argparse
 import re
 from functools import partial
 from pathlib import Path
@@ -1049,16 +1050,16 @@ def load_foreign(model, state):
 # --- networks to evaluate -------------------------------------------------------------------------
 
 
-def add_arguments(parser):
+def add_arguments(parser, nargs="+", datasets=None):
     """Add the networks of an evaluation: checkpoints, state_dicts, torchvision's names."""
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        "checkpoints", nargs=nargs, metavar="CHECKPOINT",
         help="runs/x/last.pt, a run directory, or torchvision:resnet50 (ImageNet)",
     )  # fmt: skip
     group = parser.add_argument_group("state_dict of another project")
     group.add_argument("--arch")
     group.add_argument("--model-norm", default="bn", choices=NORMS, help="its normalisation")
-    group.add_argument("--dataset", help="cifar10, ...: what it was trained on")
+    group.add_argument("--dataset", choices=datasets, help="what it was trained on")
     group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")
     group.add_argument("--std", type=triple, metavar="R,G,B")
 
@@ -1067,7 +1068,7 @@ def triple(text):
     """argparse type: three numbers."""
     values = tuple(float(v) for v in text.split(","))
     if len(values) != 3:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text}: three numbers, as 0.49,0.48,0.45")
     return values
 
 

@@ -43,7 +43,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import corruptions, data, folders, models, run, trees
 
-PATHS = ("out", "data_dir", "teacher", "device")
 EVERY = [*corruptions.NAMES, *corruptions.EXTRA]
 # AlexNet's errors on ImageNet-C, mean over 5 severities, in the order of corruptions.NAMES, from
 # the code of hendrycks/robustness.
@@ -55,7 +54,6 @@ ALEXNET = dict(zip(corruptions.NAMES, (
 
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
-    parser.add_argument("checkpoints", nargs="*", help="runs/x/last.pt, or a run directory")
     parser.add_argument("--export", metavar="DIR", help="write the corrupted images there instead")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--generate", action="store_true", help="even where released arrays are")
@@ -74,12 +72,7 @@ def parse_args(argv=None):
     parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", help="default: <first checkpoint>.corruptions.json")
     parser.add_argument("--tensorboard", metavar="DIR", help="default: corruptions/ beside it")
-    group = parser.add_argument_group("state_dict of another project")
-    group.add_argument("--arch")
-    group.add_argument("--norm", default="bn")
-    group.add_argument("--dataset", choices=data.NAMES, help="folder: for --export")
-    group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")
-    group.add_argument("--std", type=triple, metavar="R,G,B")
+    models.add_arguments(parser, "*", data.NAMES)
     args = parser.parse_args(argv)
     if args.export and args.checkpoints:
         parser.error("--export takes no checkpoint: evaluate it afterwards")
@@ -107,73 +100,7 @@ def severities(text):
     return sorted({int(s) for s in chosen})
 
 
-def triple(text):
-    values = tuple(float(v) for v in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text}: three numbers, as 0.49,0.48,0.45")
-    return values
-
-
-# --- networks and images ------------------------------------------------------------------------
-
-
-def load_networks(args, device):
-    """([(label, model, facts)], name of the data set), one data set for all."""
-    networks = []
-    for path in args.checkpoints:
-        if path.startswith("torchvision:"):
-            model = torchvision_network(path.partition(":")[2])
-            facts = model.spec | {"dataset": "imagenet", "method": "torchvision"}
-        elif args.arch:
-            if not (args.dataset and args.mean and args.std):
-                raise run.UserError("--arch goes with --dataset, --mean and --std")
-            state = run.load_checkpoint(path, foreign=True)
-            classes = {"cifar100": 100, "imagenet": 1000, "tiny-imagenet": 200}
-            size = {"imagenet": 224, "tiny-imagenet": 64}.get(args.dataset, 32)
-            settings = classes.get(args.dataset, 10), size, args.mean, args.std
-            model = models.build(args.arch, args.norm, *settings)
-            models.load_foreign(model, state)
-            facts = model.spec | {"dataset": args.dataset, "method": "foreign"}
-        else:
-            checkpoint = run.load_checkpoint(path)
-            model = models.from_checkpoint(checkpoint)
-            keys = ("method", "stage", "arch", "norm", "dataset", "num_classes", "step")
-            facts = {k: checkpoint.get(k) for k in keys}
-            options = checkpoint.get("args", {})  # without paths: those belong to a machine
-            facts["options"] = {k: v for k, v in options.items() if k not in PATHS}
-        facts["checkpoint"] = str(path)
-        model.to(device, memory_format=torch.channels_last)
-        networks.append((label(path), model, facts))
-    found = sorted({str(facts["dataset"]) for _, _, facts in networks})
-    if len(found) > 1:
-        raise run.UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
-    return networks, found[0]
-
-
-def torchvision_network(name):
-    """A torchvision ImageNet network with its first published weights, from torchvision's cache."""
-    from torchvision import models as theirs
-
-    try:
-        weights = theirs.get_model_weights(name).IMAGENET1K_V1
-    except (ValueError, AttributeError):
-        raise run.UserError(f"torchvision:{name}: has no weights IMAGENET1K_V1") from None
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if not file.is_file():
-        raise run.UserError(f"torchvision:{name}: no {file}; put {weights.url} there")
-    net = theirs.get_model(name)
-    net.load_state_dict(run.load_checkpoint(file, foreign=True))
-    model = torch.nn.Sequential(models.Normalize(*data.IMAGENET_STATS), net).eval()
-    model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
-    return model
-
-
-def label(path):
-    """Column title: the run's name, and the file's when it is not last.pt."""
-    path = Path(path)
-    if path.is_dir() or path.name == "last.pt":
-        return (path if path.is_dir() else path.parent).name or "last"
-    return f"{path.parent.name}/{path.stem}".strip("/")
+# --- images -----------------------------------------------------------------------------------
 
 
 def corrupted_images(args, dataset, folder, name, severity, rows):
@@ -519,7 +446,7 @@ def main(args):
             raise run.UserError("--export: for one process")
         return export(args, device)
     precision = run.Precision(args.precision, device)
-    networks, name = load_networks(args, device)
+    networks, name = models.for_evaluation(args, device)
     if name in trees.IMAGENET:
         output = imagenet(args, networks, device, precision)
         if run.rank() == 0:

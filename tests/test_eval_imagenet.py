@@ -58,7 +58,9 @@ def released(root, kinds=None, side=224):
 def evaluate(root, monkeypatch, *options):
     """main() on the network above, in the place of a checkpoint."""
     facts = {"dataset": "imagenet", "method": "test", "checkpoint": "colour"}
-    monkeypatch.setattr(ev, "load_networks", lambda *_: ([("colour", Colour(), facts)], "imagenet"))
+    monkeypatch.setattr(
+        ev.models, "for_evaluation", lambda *_: ([("colour", Colour(), facts)], "imagenet")
+    )
     out = root / "out.json"
     command = ["colour", "--data-dir", str(root), "--json", str(out), "--workers", "0"]
     found = ev.main(ev.parse_args([*command, "--device", "cpu", *options]))
@@ -137,14 +139,14 @@ def test_torchvision_network_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"torchvision:resnet18: no .*; put https://.*resnet18"):
-        ev.torchvision_network("resnet18")
+        ev.models.from_torchvision("resnet18")
     with pytest.raises(UserError, match="torchvision:resnet19: has no weights"):
-        ev.torchvision_network("resnet19")
+        ev.models.from_torchvision("resnet19")
     theirs = get_model("resnet18").eval()
     place = tmp_path / "hub" / "checkpoints"
     place.mkdir(parents=True)
     torch.save(theirs.state_dict(), place / ResNet18_Weights.IMAGENET1K_V1.url.split("/")[-1])
-    model, x = ev.torchvision_network("resnet18"), torch.rand(2, 3, 224, 224)
+    model, x = ev.models.from_torchvision("resnet18"), torch.rand(2, 3, 224, 224)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET_STATS)
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs((x - mean) / std))
