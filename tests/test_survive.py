@@ -165,7 +165,11 @@ def kill(tmp_path, kills, seed):
     """(kills, those within the writing of a checkpoint, runs compared), of ct.py's two stages."""
     options = "--epochs 4 --no-baseline --eval-every 4 --save-minutes 1e-9 --keep 3".split()
     command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path), str(kills), str(seed)]
-    done = subprocess.run([*command, *TINY, *options], cwd=run.ROOT, text=True, capture_output=True)
+    # One thread: a fork beside others (OpenBLAS starts one per core) may inherit a held lock.
+    single = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *TINY, *options], cwd=run.ROOT, env=single, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return [int(n) for n in done.stdout.split()[-3:]]
 
