@@ -152,7 +152,7 @@ def load(
         raise UserError(f"--dataset {name}: unknown; there are {', '.join(NAMES)}")
     if val_size:
         rest, held_out = stratified_split(train.y, val_size, seed, "--val-size")
-        train, val = train.subset(rest), train.subset(held_out)
+        train, val = train.subset(rest), train.subset(held_out[shuffled(len(held_out))])
     if limit:
         train = train.subset(stratified_split(train.y, limit, seed, "--limit")[1])
     parts = [p and p.to(device) for p in (train, val, test)]
@@ -170,6 +170,11 @@ def channel_stats(x):
     """Mean and standard deviation per channel of uint8 images, as tuples in [0,1]."""
     x = x.transpose(0, 1).flatten(1).double() / 255
     return tuple(x.mean(1).tolist()), tuple(x.std(1).tolist())
+
+
+def shuffled(n):
+    """A fixed order of n held-out rows, so that the first few of them are a sample of all."""
+    return torch.randperm(n, generator=run.generator(0, "test order"))
 
 
 def stratified_split(y, size, seed, option):
@@ -241,9 +246,8 @@ def read_npz(path):
             )
         x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
         parts.append(Images(x, torch.from_numpy(y.astype(np.int64))))
-    if (parts[1].y.diff() >= 0).all():  # by class: its first images would be no sample of it
-        order = torch.randperm(len(parts[1].y), generator=run.generator(0, "test order"))
-        parts[1] = parts[1].take(order)
+    if (parts[1].y.diff() >= 0).all():  # by class
+        parts[1] = parts[1].take(shuffled(len(parts[1].y)))
     count = int(max(p.y.max() for p in parts)) + 1
     if min(p.y.min() for p in parts) < 0:
         raise UserError(f"{path}: negative labels")
@@ -290,9 +294,7 @@ def read_domains(name, data_dir, seed, test_domain, size, options):
         train.append(rows[rest])
         (val if test_domain else test).append(rows[held])
     parts = [torch.cat(rows) if rows else None for rows in (train, val, test)]
-    order = [p[torch.randperm(len(p), generator=run.generator(0, "test order"))]
-             if p is not None else None for p in parts[1:]]  # fmt: skip
-    val, test = (p if p is None else images.subset(p) for p in order)
+    val, test = (p if p is None else images.subset(p[shuffled(len(p))]) for p in parts[1:])
     return images.subset(parts[0]), val, test, classes
 
 

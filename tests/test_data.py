@@ -152,6 +152,7 @@ def test_splits_are_stratified_disjoint_and_seeded(tmp_path):
     whole = data.load("cifar10", tmp_path).train
     a = data.load("cifar10", tmp_path, val_size=15, limit=21)
     assert torch.bincount(a.val.y).tolist() == [5, 5, 5]
+    assert (a.val.y.diff() < 0).any()  # in no order: its first images are a sample of it
     assert torch.bincount(a.train.y).tolist() == [7, 7, 7]
     key = {row.numpy().tobytes() for row in a.val.x} | {row.numpy().tobytes() for row in a.train.x}
     assert len(key) == 36 and key <= {row.numpy().tobytes() for row in whole.x}
