@@ -302,9 +302,10 @@ class Linf:
         torch.add(self.x, noise, alpha=self.eps, out=adv).clamp_(self.low, self.high)
 
     def step(self, adv, grad):
-        """Moves `adv` in place; returns the number of entries that had no direction (zero, NaN)."""
+        """Moves `adv` in place; returns how many entries of each image had no direction (zero,
+        NaN), (N,)."""
         adv.add_(grad.sign_(), alpha=self.alpha).clamp_(self.low, self.high)
-        return grad.numel() - grad.count_nonzero()
+        return grad[0].numel() - grad.flatten(1).count_nonzero(1)
 
 
 class L2:
@@ -330,7 +331,7 @@ class L2:
 
     def step(self, adv, grad):
         grad.nan_to_num_(0, 0, 0)
-        nothing = grad.numel() - grad.count_nonzero()
+        nothing = grad[0].numel() - grad.flatten(1).count_nonzero(1)
         grad.mul_((self.alpha / self.length(grad).clamp_(min=1e-30)).float())
         self.project(adv, grad.add_(adv).sub_(self.x))
         return nothing
@@ -351,7 +352,7 @@ class Loop:
         self.ball, self.loss, self.autocast = ball(self.x), loss, autocast
         self.y, self.target = y.clone(), None if target is None else target.clone()
         self.total = torch.zeros((), device=x.device)  # loss at the last gradient, summed
-        self.nothing = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.nothing = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         with autocast():
             low = torch.is_autocast_enabled(x.device.type)
             self.dtype = torch.get_autocast_dtype(x.device.type) if low else torch.float32
@@ -539,7 +540,8 @@ def pgd(
     capture: on a GPU, in eval mode, run each step as a CUDA graph, kept for later calls.
     check: look at the values of x, y and target, which is a host sync before the loop.
     return_stats: also return {"zero_grad": share of the gradient's entries, over all steps, that
-        were zero or NaN; "loss": mean loss at the last gradient}, 0-d tensors.
+        were zero or NaN; "loss": mean loss at the last gradient}, 0-d tensors, and "still": (N,)
+        bool, images without any gradient at any step, which never left their starts.
 
     Raises UserError for arguments out of range, images outside [0,1], labels beyond the logits.
     """
@@ -581,7 +583,8 @@ def pgd(
                 best = worse(best, (loop.adv, *found))
         x_adv = loop.adv.clone() if best is None else best[0]
         stats = {
-            "zero_grad": loop.nothing / (x.numel() * steps * restarts),
+            "zero_grad": loop.nothing.sum() / (x.numel() * steps * restarts),
+            "still": loop.nothing == x[0].numel() * steps * restarts,
             "loss": loop.total / len(x),
         }
     return (x_adv, stats) if return_stats else x_adv

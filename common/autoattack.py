@@ -7,14 +7,18 @@ Sources: APGD, the DLR loss and AutoAttack, Croce & Hein 2020 (arXiv 2003.01690)
 2020 (1907.02044); Square, Andriushchenko et al. 2020 (1912.00049); MIM, Dong et al. 2018; CW-inf,
 Carlini & Wagner 2017. The ball, the losses and the prepared network are those of common/attacks.py.
 
-Every attack stops at an image as soon as it is misclassified and goes on with the others alone.
-Random numbers belong to (seed, attack, index of the image): a result depends neither on the batch
-size nor on which other images are attacked. The network may compute in bf16; what counts as
-misclassified in the end is the unmodified network in fp32.
+APGD and Square stop at an image as soon as it is misclassified, FAB as soon as it is so within eps,
+and go on with the others alone. Random numbers belong to (seed, attack, index of the image): a
+result depends neither on the batch size nor on which other images are attacked. The network may
+compute in bf16; what counts as misclassified in the end is the unmodified network in fp32, and
+logits that are NaN classify nothing correctly.
 
 Differences from the authors' code: Square draws a window per image, not per batch, and may place it
-at the last row and column (as in the paper); checkpoints of APGD are the paper's ceil(p_j steps),
-the same for 100 steps; the projections of FAB are solved by Newton's method instead of sorting.
+at the last row and column (as in the paper), and starts in L2 from bumps of one orientation. APGD
+follows the paper where its code does not: checkpoints at ceil(p_j steps), the same for 100 steps;
+condition 1 is "fewer rises than rho", theirs "at most"; condition 2 counts from the first
+checkpoint, theirs from the second; after a halving the next rise is measured from the point gone
+back to, theirs from the one left. FAB's projections are solved by Newton's method, not by sorting.
 """
 
 import contextlib
@@ -27,6 +31,7 @@ import torch
 from common import run
 from common.attacks import (  # the second half of one module, apart for its length
     BALLS,
+    FP16_SCALE,
     ce_loss,
     check_arguments,
     check_values,
@@ -88,6 +93,7 @@ class Victim:
         self.dtype = torch.float32 if precision is None else precision.dtype
         self.chunk = max(8, CHUNK // x[0].numel()) if self.device == "cpu" else 1 << 30
         self.clear = CLEAR if self.dtype == torch.float32 else 0.01
+        self.scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
         self.zero = 0  # images whose first gradient was zero
 
     def run(self, x):
@@ -112,14 +118,19 @@ class Victim:
                     raise UserError(
                         "nothing to attack: the model detaches its output from its input"
                     )
-                (grad,) = torch.autograd.grad(total, part)
-            pieces.append((logits.detach(), value.detach(), grad.nan_to_num(0, 0, 0)))
+                (grad,) = torch.autograd.grad(total * self.scale, part)
+            grad = grad.nan_to_num(0, 0, 0).div_(self.scale)
+            pieces.append((logits.detach(), value.detach(), grad))
         return tuple(torch.cat(p) for p in zip(*pieces, strict=True))
+
+    def count_zero(self, grad):
+        """Take note of the images without a gradient; `grad` is the first of an attack."""
+        self.zero += int((grad.flatten(1).abs().amax(1) == 0).sum())
 
     def fooled(self, logits, y):
         """(N,) bool: another class than the label leads by more than rounding."""
-        lead = without(logits, y).amax(1) - pick(logits, y)
-        return lead > self.clear * logits.abs().amax(1)
+        lead, scale = lead_of_wrong(logits, y)
+        return lead > self.clear * scale
 
 
 def as_fp32(model):
@@ -136,11 +147,17 @@ def victim(model, x, precision=None):
         yield Victim(net, x, precision)
 
 
+def lead_of_wrong(logits, y):
+    """By how much the label trails the best other class, (N,), above 0 is misclassified, and the
+    largest logit, (N,), the measure of rounding. Where logits are NaN, or infinite beside one
+    another, no class leads and none is right: infinity and 0."""
+    lead, scale = without(logits, y).amax(1) - pick(logits, y), logits.abs().amax(1)
+    return lead.nan_to_num(torch.inf, torch.inf, -torch.inf), scale.nan_to_num(0, 0, 0)
+
+
 def judge(model, x, y, batch_size=500):
-    """By how much the label of each image trails the best other class, (N,), and the largest
-    logit, (N,), of the network as it is, in fp32. Above 0 is misclassified."""
-    logits = run.predict(as_fp32(unwrap(model)), x, batch_size=batch_size)
-    return without(logits, y).amax(1) - pick(logits, y), logits.abs().amax(1)
+    """`lead_of_wrong` of images (N,...) to the network as it is, in fp32."""
+    return lead_of_wrong(run.predict(as_fp32(unwrap(model)), x, batch_size=batch_size), y)
 
 
 # --- the ball, and rows of tensors ----------------------------------------------------------------
@@ -238,7 +255,7 @@ def apgd(net, x, y, eps, norm, steps, loss, noise, target=None, tick=None, rho=0
     ball = Ball(x, eps, norm)
     adv = ball.project(x + eps * noise)
     logits, value, grad = net.gradient(adv, loss, y, target)
-    net.zero += int((grad.flatten(1).abs().amax(1) == 0).sum())
+    net.count_zero(grad)
     step = torch.full_like(value, 2 * eps)
     s = Rows(
         row=torch.arange(len(x), device=x.device), ball=ball, y=y, target=target, step=step,
@@ -299,7 +316,7 @@ def mim(net, x, y, eps, norm, steps, decay=1.0, tick=None):
     for i in range(steps):
         grad = net.gradient(adv, ce_loss, y, None)[2]
         if not i:
-            net.zero += int((grad.flatten(1).abs().amax(1) == 0).sum())
+            net.count_zero(grad)
         size = grad.flatten(1).abs().sum(1).clamp_(min=1e-30)
         velocity = decay * velocity + grad / per_image(size, grad)
         adv = ball.project(adv + eps / steps * ball.direction(velocity))
@@ -319,8 +336,10 @@ def towards_each(net, x, y, attempt, tick=None):
         if not len(rows):
             break
         report = tick and (lambda done, k=k: tick((k + done) / count))
+        zero = net.zero
         adv, now = attempt(rows, order[rows, k], k, report)
         out[rows], fooled[rows] = adv, now
+        net.zero = zero if k else net.zero  # an image counts once: by its first target
     return out, fooled
 
 
@@ -364,6 +383,8 @@ def fab(net, x, y, eps, norm, steps, target, tick=None, eta=1.05, beta=0.9, most
     s = Rows(row=rows, x=x, y=y, target=target, adv=x.clone())
     for i in range(steps):
         _, value, grad = net.gradient(s.adv, lead_of_target, s.y, s.target)
+        if not i:
+            net.count_zero(grad)
         w, flat, origin = grad.flatten(1), s.adv.flatten(1), s.x.flatten(1)
         step = nearest(flat, w, value, norm)
         home = nearest(origin, w, value + (w * (origin - flat)).sum(1), norm)
@@ -551,14 +572,15 @@ def attack(
     Returns (x_adv, fooled, facts). x_adv (N,C,H,W) fp32 is in the ball and in [0,1]; fooled (N,):
     misclassified by the unmodified network in fp32 by more than rounding (CLEAR). facts: "zero",
     images whose first gradient was zero; "lost", images that only the faster arithmetic saw
-    misclassified. Raises UserError as common/attacks.py, and for a name that does not exist.
+    misclassified; "broken", images fooled by logits that are not finite. Raises UserError as
+    common/attacks.py, and for a name that does not exist.
     """
     kind, steps = parse(name)
     x = run.to_float(x).float()
     index = (torch.arange(len(x)) if index is None else index).to(x.device)
     check_arguments(x, y, eps, alpha, steps, norm, "ce", None, 1, True, "eval")
     model = as_fp32(unwrap(model))
-    facts = {"zero": 0, "lost": 0}
+    facts = {"zero": 0, "lost": 0, "broken": 0}
     if not len(x):
         return x.clone(), torch.zeros(0, dtype=torch.bool, device=x.device), facts
     with victim(model, x, precision) as net:
@@ -566,21 +588,22 @@ def attack(
         check_values(x, y, loss, y if kind == "apgd-t" else None, net.classes)
         x = x.contiguous(memory_format=net.layout)
         if kind in ("fgsm", "bim", "pgd", "cw"):
-            adv = plain(model, x, y, kind, steps, eps, alpha, norm, seed, index, precision, net)
-            claimed = None
+            settings = kind, steps, eps, alpha, norm, seed, index, precision
+            adv, claimed = plain(model, x, y, *settings, net, tick), None
         else:
             with prepared(net.plan, net.dtype):
                 adv, claimed = search(net, x, y, kind, steps, eps / 255, norm, seed, index, tick)
-        facts["zero"] = min(net.zero, len(x))  # of one image towards several targets
+        facts["zero"] = net.zero
     lead, scale = judge(model, adv, y)
     fooled = lead > CLEAR * scale
+    facts["broken"] = int((lead == torch.inf).sum())
     facts["lost"] = 0 if claimed is None else int((claimed & ~fooled).sum())
     return adv, fooled, facts
 
 
-def plain(model, x, y, kind, steps, eps, alpha, norm, seed, index, precision, net):
+def plain(model, x, y, kind, steps, eps, alpha, norm, seed, index, precision, net, tick):
     """Attacks that are settings of `pgd`: x_adv."""
-    noise = None
+    noise, alpha = None, None if kind == "fgsm" else alpha
     if kind in ("pgd", "cw"):
 
         def ball(shape, generator):
@@ -590,13 +613,15 @@ def plain(model, x, y, kind, steps, eps, alpha, norm, seed, index, precision, ne
     parts = []
     for begin in range(0, len(x), net.chunk):
         rows = slice(begin, begin + net.chunk)
-        parts.append(
-            pgd(
-                model, x[rows], y[rows], eps, alpha, steps, norm, "cw" if kind == "cw" else "ce",
-                random_start=noise is not None, noise=None if noise is None else noise[rows],
-                precision=precision, check=False,
-            )
+        adv, stats = pgd(
+            model, x[rows], y[rows], eps, alpha, steps, norm, "cw" if kind == "cw" else "ce",
+            random_start=noise is not None, noise=None if noise is None else noise[rows],
+            precision=precision, check=False, return_stats=True,
         )  # fmt: skip
+        parts.append(adv)
+        net.zero += int(stats["still"].sum())
+        if tick:
+            tick(min(1, (begin + net.chunk) / len(x)))
     return torch.cat(parts)
 
 

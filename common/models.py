@@ -1127,6 +1127,12 @@ def for_evaluation(args, device):
                 label = f"{place.parent.name}/{place.stem}".strip("/")
         model.to(device, memory_format=torch.channels_last)
         networks.append((label, model, facts | {"checkpoint": str(path)}))
+    labels = [label for label, _, _ in networks]
+    for k, (label, model, facts) in enumerate(networks):
+        if labels.count(label) > 1:  # runs of the same name: by their paths
+            networks[k] = (facts["checkpoint"], model, facts)
+    if len({label for label, _, _ in networks}) < len(networks):
+        raise UserError("the same checkpoint is given twice")
     found = sorted({str(facts["dataset"]) for _, _, facts in networks})
     if len(found) > 1:
         raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")

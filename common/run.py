@@ -17,6 +17,7 @@ Nothing here knows a method. A script reads
 
 import argparse
 import contextlib
+import datetime
 import functools
 import hashlib
 import html
@@ -331,15 +332,19 @@ def get_device(name):
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed is bf16's part
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are those of the current one
     if many and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         # torchrun keeps one store over its restarts; what dead processes left must not be read
         store, number, count = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        # A batch of AutoAttack on one process outlasts NCCL's 10 minutes.
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group(
+            backend, timeout=patience, store=store, rank=number, world_size=count
+        )
     return device
 
 

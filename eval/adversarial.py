@@ -7,14 +7,16 @@
 
 --attacks: names of common/autoattack.py with steps (or queries) at the end, "pgd-20"; each attacks
 every image that the network classifies correctly. "standard" is AutoAttack: apgd-ce, apgd-t, fab-t
-and square, each on what the one before left standing. "sweep" is pgd-20, pgd-50, pgd-100. "worst of
-all" counts an image as robust that withstood every attack of the table. All numbers are accuracies
-in percent; eps and alpha are in pixel units of 1/255 for both norms (128 is an L2 radius of 0.502).
+and square, each on what the one before left standing (apgd-t needs 4 classes). "sweep" is pgd-20,
+pgd-50 and pgd-100, all with the step of pgd-20: by itself pgd-100 takes a fifth of it and comes no
+farther. "worst of all" counts an image as robust that withstood every attack of the table. All
+numbers are accuracies in percent; eps and alpha are in pixel units of 1/255 for both norms (128 is
+an L2 radius of 0.502).
 
 Attacks run in --precision; whether an image fooled the network is decided in fp32, and at the end
 every adversarial image is evaluated once more, in fp32: the table appears only if both agree. Each
-finished batch is written to <json>.state; --resume goes on after the last of them and gives, on the
-same machine, the numbers of an uninterrupted evaluation, bit for bit.
+finished batch is written to <json>.state; --resume goes on after the last of them and gives, on a
+CPU bit for bit, the numbers of an uninterrupted evaluation.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import autoattack, data, models, run
+from common import attacks, autoattack, data, models, run
 
 SWEEP = ("pgd-20", "pgd-50", "pgd-100")
 WORST = "worst of all"
@@ -61,7 +63,7 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="forget an unfinished run")
     args = parser.parse_args(argv)
     args.eps = {"linf": 8.0, "l2": 128.0}[args.norm] if args.eps is None else args.eps
-    if not 0 < args.eps <= 255:
+    if not 0 < args.eps <= (255 if args.norm == "linf" else 1e5):  # L2: the attack asks the image
         parser.error(f"--eps {args.eps:g} is not in (0, 255]: it is given in units of 1/255")
     return args
 
@@ -74,9 +76,11 @@ def attack_names(text):
             for part in autoattack.STANDARD:
                 plan.append((f"AutoAttack: {part}", part, part != autoattack.STANDARD[0]))
             continue
-        for part in SWEEP if name == "sweep" else (name,):
-            autoattack.parse(part)
-            plan.append((part, part, False))
+        if name == "sweep":
+            plan += [(f"sweep: {part}", part, False) for part in SWEEP]
+            continue
+        autoattack.parse(name)
+        plan.append((name, name, False))
     titles = [title for title, _, _ in plan]
     for title in titles:
         if titles.count(title) > 1:
@@ -183,7 +187,10 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
     for k, (row, name, follows) in enumerate(args.attacks):
         standing = standing if follows else correct.clone()
         todo = standing.nonzero()[:, 0]
-        zero = lost = seconds = 0
+        zero = lost = broken = seconds = 0
+        alpha = args.alpha
+        if row.startswith("sweep") and alpha is None:
+            alpha = attacks.default_alpha(args.eps, autoattack.parse(SWEEP[0])[1])
         positions, images = [], []
         batches = todo.split(args.batch_size) if len(todo) else []
         progress = Progress(f"{title}, {row}", len(batches))
@@ -193,8 +200,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
                 began = time.perf_counter()
                 adv, fooled, more = autoattack.attack(
                     model, x[part].to(device), y[part].to(device), name, args.eps, args.norm,
-                    args.seed, rows[part], precision, args.alpha,
-                    progress.show,
+                    args.seed, rows[part], precision, alpha, progress.show,
                 )  # fmt: skip
                 batch = more | {
                     "positions": part[fooled.cpu()], "images": adv[fooled].cpu().contiguous(),
@@ -207,7 +213,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
             positions.append(batch["positions"])
             images.append(batch["images"])
             zero, lost = zero + batch["zero"], lost + batch["lost"]
-            seconds += batch["seconds"]
+            broken, seconds = broken + batch["broken"], seconds + batch["seconds"]
         progress.clear()
         if batches:
             found[row] = torch.cat(positions), torch.cat(images)
@@ -221,6 +227,11 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
                 f"{row}: {zero} images have a zero gradient, so attacks by gradient fail on them; "
                 "look for saturated outputs or operations without a derivative, and trust "
                 "apgd-dlr, square and fab-t"
+            )
+        if broken:
+            flags.append(
+                f"{row}: {broken} images count as misclassified because their logits are not "
+                "finite: an overflow, no decision; mend the network"
             )
     accuracy[WORST] = 100 * robust.double().mean().item()
     return accuracy, facts, found, flags + compare_rows(args.attacks, accuracy), correct
@@ -264,8 +275,8 @@ def compare_rows(plan, accuracy):
     kinds = {}
     for row, name, _ in plan:
         kind, steps = autoattack.parse(name)
-        if kind != "square" and row == name:
-            kinds.setdefault(kind, []).append((steps, accuracy[row]))
+        if kind != "square" and not row.startswith("AutoAttack"):
+            kinds.setdefault(row.removesuffix(name) + kind, []).append((steps, accuracy[row]))
     for kind, points in kinds.items():
         (most, last), *rest = sorted(points, reverse=True)
         if rest and rest[0][1] - last > 0.5:
@@ -321,11 +332,27 @@ def verify(model, x, y, found, accuracy, correct, args, device, title):
 # --- main -----------------------------------------------------------------------------------------
 
 
+def check_plan(args, networks, x):
+    """Raise UserError for an attack that these networks or images do not admit, before any runs."""
+    classes = networks[0][1].spec["num_classes"]
+    for row, name, _ in args.attacks:
+        needed = {"apgd-dlr": 3, "apgd-t": 4}.get(autoattack.parse(name)[0], 2)
+        if classes < needed:
+            raise run.UserError(
+                f"--attacks, {row}: its loss needs {needed} classes, here are {classes}: take "
+                "apgd-ce,fab-t,square"
+            )
+    most = 255 * x[0].numel() ** 0.5
+    if args.norm == "l2" and args.eps > most:
+        raise run.UserError(f"--eps {args.eps:g}: the images' whole box is {most:.0f}/255 across")
+
+
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     networks, name = models.for_evaluation(args, device)
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
+    check_plan(args, networks, x)
     first = Path(args.checkpoints[0])
     first = first / "last.pt" if first.is_dir() else first
     first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
@@ -396,15 +423,15 @@ def main(args):
             for title, found, _ in every
         }
         run.save_checkpoint(args.save, {"eps": args.eps, "norm": args.norm, "networks": saved})
-    write_tensorboard(args.tensorboard or first.parent / "adversarial", x, every, args)
+    write_tensorboard(args.tensorboard or first.parent / "adversarial", x, every)
     state.remove()
     print(f"written: {path}")
     return output
 
 
-def write_tensorboard(folder, x, every, args, count=8):
+def write_tensorboard(folder, x, every, count=8):
     """Per network the images that it gets wrong by the largest lead: clean, attacked, and the
-    perturbation between -eps (black) and eps (white)."""
+    perturbation around grey, each one's largest entry black or white."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:

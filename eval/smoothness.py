@@ -16,7 +16,8 @@ surface    mean L of the first --surface-images images at x + a s + b r: s the s
            "rise at eps": L at a = eps, b = 0, minus L at 0, in nats.
 margin     Linf distance in 1/255 to the nearest misclassified point found: FAB towards each of the
            likeliest --targets classes (--fab-steps), then bisection on the segment to it. An upper
-           bound of the true distance; 0 for images misclassified already.
+           bound of the true distance; 0 for images misclassified already. Images for which no
+           point was found ("infinite") are left out of the mean, not of the quantiles.
 logits     logit of y minus the largest other, in logits; negative where misclassified.
 hessian    eigenvalue of largest modulus of the Hessian of mean L by power iteration (--iterations):
            in the parameters, nats per squared unit of them; and in the image, the mean over images
@@ -28,6 +29,7 @@ Writes the numbers, distributions included, as JSON, the surface as an SVG, both
 import contextlib
 import html
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -229,13 +231,21 @@ def image_hessian(net, x, y, iterations, seed, index):
 
 
 def spread(values):
-    """Mean, quantiles and all values of a measure."""
+    """Mean over the finite values of a measure, the number of the others, quantiles and values of
+    all, None for what is not finite (JSON has no infinity)."""
     values = values.double().cpu()
-    quantiles = values.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    quantiles = values.quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    found = values[values.isfinite()]
+
+    def plain(numbers):
+        return [float(f"{v:.6g}") if math.isfinite(v) else None for v in numbers.tolist()]
+
     return {
-        "mean": values.mean().item(), "quantiles": dict(zip(map(str, QUANTILES), quantiles,
-        strict=True)), "values": [round(v, 6) for v in values.tolist()],
-    }  # fmt: skip
+        "mean": found.mean().item() if len(found) else None,
+        "infinite": len(values) - len(found),
+        "quantiles": dict(zip(map(str, QUANTILES), plain(quantiles), strict=True)),
+        "values": plain(values),
+    }
 
 
 @contextlib.contextmanager
@@ -295,6 +305,7 @@ ROWS = (  # title, measure, what of it
     ("rise of L at eps (nats)", "surface", "rise"),
     ("decision margin, mean (1/255)", "margin", "mean"),
     ("decision margin, median (1/255)", "margin", "0.5"),
+    ("decision margin, none found (images)", "margin", "infinite"),
     ("logit margin, mean", "logit margin", "mean"),
     ("logit margin, median", "logit margin", "0.5"),
     ("Hessian, parameters (nats per unit^2)", "parameter hessian", None),
@@ -304,9 +315,9 @@ ROWS = (  # title, measure, what of it
 
 def lookup(result, measure, key):
     value = result[measure]
-    if key is None:
-        return value
-    return value["quantiles"][key] if key not in value else value[key]
+    if key is not None:
+        value = value["quantiles"][key] if key not in value else value[key]
+    return "-" if value is None else value
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -361,10 +372,10 @@ def write_tensorboard(folder, results):
                     image = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
                     writer.add_image(f"surface/{label}", image)
                 elif isinstance(value, dict):
-                    finite = [v for v in value["values"] if abs(v) != float("inf")]
+                    finite = [v for v in value["values"] if v is not None]
                     if finite:
                         writer.add_histogram(f"{name}/{label}", torch.tensor(finite))
-                    writer.add_scalar(f"{name} mean/{label}", value["mean"])
+                        writer.add_scalar(f"{name} mean/{label}", value["mean"])
                 else:
                     writer.add_scalar(f"{name}/{label}", value)
 

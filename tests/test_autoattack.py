@@ -364,15 +364,76 @@ def test_targets_by_the_number_of_logits(classes, targets):
     assert torch.equal(torch.stack(seen, 1), order[:, 1 : targets + 1])
 
 
-def test_zero_gradients_are_counted():
-    class Dead(nn.Module):
-        def forward(self, x):
-            return torch.zeros(len(x), 10) + 0 * x.flatten(1)[:, :10]
+@pytest.mark.parametrize("name", [*QUICK, "apgd-ce-3"])
+def test_zero_gradients_are_counted(name):
+    """Images, each once, whatever the number of targets: 2 of 5 here, none of a trained network."""
 
-    x, y = torch.rand(3, 3, 8, 8), torch.zeros(3).long()
-    adv, fooled, facts = attack(Dead(), x, y, "apgd-ce-3")
-    assert facts["zero"] == 3 and not fooled.any() and adv.isfinite().all()
-    assert attack(trained()[0], *(v[:3] for v in trained()[1:]), "apgd-ce-3")[2]["zero"] == 0
+    class Half(nn.Module):
+        """Logits of a linear classifier, without a gradient where the first pixel is dark."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(192, 10)
+
+        def forward(self, x):
+            out, dark = self.fc(x.flatten(1)), x[:, 0, 0, 0] < 0.5
+            return torch.where(dark[:, None], out.detach() + 0 * out, out)
+
+    net, x = Half(), torch.rand(5, 3, 8, 8)
+    x[:, 0, 0, 0] = torch.tensor([0.1, 0.9, 0.1, 0.9, 0.9])
+    y = net(x).argmax(1)
+    adv, _, facts = attack(net, x, y, name)
+    assert facts["zero"] == 2 and adv.isfinite().all()
+    assert attack(trained()[0], *(v[:3] for v in trained()[1:]), name)[2]["zero"] == 0
+
+
+@pytest.mark.parametrize("name", [*QUICK[:-1], "square-30"])  # FAB's first point lies too far
+def test_logits_that_are_nan_are_no_robustness(name):
+    """A network that overflows as soon as it leaves the clean image classifies nothing there."""
+    x = torch.rand(4, 3, 8, 8) * 0.5 + 0.2
+    weights = torch.linspace(0.5, 1, 192)
+    sums = x.flatten(1) @ weights
+
+    class Fragile(nn.Module):
+        def forward(self, x):
+            inputs = x.flatten(1)
+            out = torch.cat([inputs[:, :1] * 0.01 + 5, inputs[:, 1:6]], 1)
+            clean = ((inputs @ weights)[:, None] - sums).abs().amin(1) < 1e-4
+            return torch.where(clean[:, None], out, torch.full_like(out, torch.nan))
+
+    y = torch.zeros(4).long()
+    assert (autoattack.judge(Fragile(), x, y)[0] <= 0).all()
+    _, fooled, facts = attack(Fragile(), x, y, name)
+    assert fooled.all() and facts["broken"] == 4
+
+
+def test_infinite_logits_decide():
+    logits = torch.tensor([[1.0, torch.inf], [torch.inf, 1.0], [torch.inf, torch.inf]])
+    lead, scale = autoattack.lead_of_wrong(logits, torch.zeros(3).long())
+    assert lead.tolist() == [torch.inf, -torch.inf, torch.inf] and scale.tolist() == [0, 0, 0]
+
+
+def test_alpha_is_not_of_fgsm():
+    net, x, y = trained()
+    plain, given = (attack(net, x[:8], y[:8], "fgsm", alpha=alpha)[0] for alpha in (None, 1))
+    assert torch.equal(plain, given) and distance(given, x[:8], "linf").max() > 7.9 / 255
+
+
+def test_fp16_gradients_do_not_underflow():
+    """At a confident prediction the gradient is 1e-9: zero in fp16, were the loss not scaled."""
+
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.ones(5, 3, 2, 2)
+    with torch.no_grad():
+        net[1].weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        net[1].bias.copy_(torch.tensor([16.0, 0, 0]))
+    grads = []
+    for precision in (None, run.Precision("fp16")):
+        with autoattack.victim(net, x, precision) as victim:
+            grads.append(victim.gradient(x, attacks.ce_loss, torch.zeros(5).long(), None)[2])
+    assert 0 < grads[0].abs().max() < 1e-6
+    assert (grads[1] != 0).all()
+    torch.testing.assert_close(grads[1], grads[0], rtol=0.3, atol=1e-9)
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -321,27 +321,82 @@ def test_warnings_from_the_table():
     masked = honest | {rows[3]: 40}
     assert script.compare_rows(plan, honest) == []
     assert "9.00 points that the attacks by gradient miss" in script.compare_rows(plan, masked)[0]
-    plan = script.attack_names("sweep,square-10")
-    assert [name for _, name, _ in plan] == ["pgd-20", "pgd-50", "pgd-100", "square-10"]
-    steady = {"clean": 90, "pgd-20": 50, "pgd-50": 45, "pgd-100": 44.9, "square-10": 60}
-    assert script.compare_rows(plan, steady) == []
-    falling = steady | {"pgd-100": 43}
+    plan = script.attack_names("sweep,square-10,pgd-100")
+    rows, names, _ = zip(*plan, strict=True)
+    assert list(names) == ["pgd-20", "pgd-50", "pgd-100", "square-10", "pgd-100"]
+    steady = dict(zip(["clean", *rows], [90, 50, 45, 44.9, 60, 30], strict=True))
+    assert script.compare_rows(plan, steady) == []  # pgd-100 by itself has another step
+    falling = steady | {"sweep: pgd-100": 43}
     (flag,) = script.compare_rows(plan, falling)
-    assert "pgd: accuracy still falls from 45.00 to 43.00 between 50 and 100 steps" in flag
-    assert "Square" in script.compare_rows(plan, steady | {"square-10": 30})[0].title()
+    assert "sweep: pgd: accuracy still falls from 45.00 to 43.00 between 50 and 100 steps" in flag
+    assert "Square" in script.compare_rows(plan, steady | {"square-10": 10})[0].title()
 
 
-def test_zero_gradients_are_a_warning(folder, monkeypatch, capsys):
+def test_zero_and_broken_are_warnings(folder, monkeypatch, capsys):
     original = autoattack.attack
 
     def dead(*args):
         adv, fooled, facts = original(*args)
-        return adv, fooled, facts | {"zero": 3}
+        return adv, fooled, facts | {"zero": 3, "broken": 2}
 
     monkeypatch.setattr(autoattack, "attack", dead)
     result = evaluate(folder, "--attacks", "apgd-ce-2")
-    assert "apgd-ce-2: 3 images have a zero gradient" in result["checkpoints"][0]["warnings"][0]
+    zero, broken = result["checkpoints"][0]["warnings"]
+    assert "apgd-ce-2: 3 images have a zero gradient" in zero
+    assert "apgd-ce-2: 2 images count as misclassified because their logits" in broken
     assert "warning: r: apgd-ce-2: 3 images" in capsys.readouterr().out
+
+
+def test_the_sweep_has_one_step(folder, monkeypatch):
+    seen = []
+    original = autoattack.attack
+
+    def short(model, x, y, name, eps, norm, seed, index, precision, alpha, *rest):
+        seen.append((name, alpha))
+        return original(model, x, y, "pgd-1", eps, norm, seed, index, precision, alpha, *rest)
+
+    monkeypatch.setattr(autoattack, "attack", short)
+    evaluate(folder, "--attacks", "sweep,pgd-100")
+    assert seen == [("pgd-20", 0.5), ("pgd-50", 0.5), ("pgd-100", 0.5), ("pgd-100", None)]
+    seen.clear()
+    evaluate(folder, "--attacks", "sweep", "--alpha", "2")
+    assert {alpha for _, alpha in seen} == {2}
+
+
+def test_progress_is_shown_for_every_attack(folder, monkeypatch):
+    shares = {}
+
+    def show(self, share):
+        shares.setdefault(self.title, []).append(share)
+
+    monkeypatch.setattr(script.Progress, "show", show)
+    names = "fgsm,bim-2,pgd-2,cw-2,mim-2,apgd-ce-2,fab-t-2,square-2"
+    evaluate(folder, "--attacks", names, "--eps", "0.1")
+    assert len(shares) == 8 and all(max(s) == 1 for s in shares.values())
+
+
+def test_two_runs_of_one_name(folder):
+    """Labels by path: as keys of the results, of --save and in TensorBoard they must differ."""
+    checkpoint(folder / "other" / "r" / "last.pt", seed=1)
+    paths = [folder / "r" / "last.pt", folder / "other" / "r" / "last.pt"]
+    evaluate(folder, *paths, "--attacks", "fgsm", "--save", folder / "adv.pt")
+    saved = run.load_checkpoint(folder / "adv.pt", foreign=True)["networks"]
+    assert list(saved) == [str(path) for path in paths]
+    with pytest.raises(UserError, match="the same checkpoint is given twice"):
+        evaluate(folder, paths[0], paths[0], "--attacks", "fgsm")
+
+
+def test_attacks_that_need_more_classes(folder):
+    """Before anything runs: camelyon17, for one, has two classes and DLR needs four."""
+    x = np.random.default_rng(0).integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
+    y = np.arange(30) % 2
+    np.savez(folder / "cifar10.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    checkpoint(folder / "two" / "last.pt", classes=2)
+    with pytest.raises(UserError, match=r"apgd-t: its loss needs 4 classes, here are 2: take apgd"):
+        evaluate(folder, folder / "two" / "last.pt")
+    assert not (folder / "out.json.state").exists()
+    names = "apgd-ce-2,fab-t-2,square-5"
+    assert evaluate(folder, folder / "two" / "last.pt", "--attacks", names)["attacks"]
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -353,6 +408,7 @@ def test_zero_gradients_are_a_warning(folder, monkeypatch, capsys):
         (["--eps", "0"], r"eps 0 is not in \(0, 255\]"),
         (["--eps", "256"], "eps 256 is not in"),
         (["--eps", "nan"], "eps nan is not in"),
+        (["--eps", "20000", "--norm", "l2"], "whole box is 14134/255 across"),
         (["--attacks", "pdg-20"], "there is no attack 'pdg-20'"),
         (["--attacks", "pgd,pgd"], "pgd is there twice"),
         (["--limit", "16"], "--limit 16: there are only 16"),

@@ -72,6 +72,26 @@ def test_decision_margin_of_a_linear_network():
     assert (rough >= found - 1e-4).all()
 
 
+def test_spread_of_infinite_values():
+    """The mean is of the finite ones; what JSON cannot hold is None."""
+    found = script.spread(torch.tensor([1.0, 2.0, 3e-9, torch.inf, torch.inf]))
+    assert found["mean"] == pytest.approx(1) and found["infinite"] == 2
+    assert found["values"] == [1.0, 2.0, 3e-9, None, None]
+    assert found["quantiles"]["0.25"] == 1 and found["quantiles"]["0.5"] == 2
+    assert found["quantiles"]["0.95"] is None
+    json.dumps(found, allow_nan=False)
+    empty = script.spread(torch.full((2,), torch.inf))
+    assert empty["mean"] is None and empty["infinite"] == 2
+
+
+def test_two_runs_of_one_name(folder, capsys):
+    checkpoint(folder / "other" / "bn" / "last.pt", "bn")
+    paths = [str(folder / "bn"), str(folder / "other" / "bn")]
+    options = [*paths, *QUICK, "--measures", "logits", "--data-dir", str(folder)]
+    assert len(script.main(script.parse_args(options))["checkpoints"]) == 2
+    assert all(path in capsys.readouterr().out for path in paths[:1])
+
+
 def test_logit_margin_by_hand():
     class Constant(nn.Module):
         def forward(self, x):
