@@ -35,6 +35,7 @@ IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of every set 
 DOMAINS = (*trees.DOMAINS, "shapes")
 PHOTOGRAPHS = ("folder", *trees.IMAGENET, *trees.IN9_TESTS, *trees.DOMAINS)  # files, not tensors
 NAMES = ("shapes", *STATS, "tiny-imagenet", *PHOTOGRAPHS)
+COUNTS = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
 HELD_OUT = 0.2  # of every training domain, for model selection (DomainBed)
 SHAPES_SIZES = {"train": 10_000, "test": 2_000}
 
@@ -150,6 +151,9 @@ def load(
         train, test, classes = trees.read_tree(name, data_dir, image_size or 224, options)
     else:
         raise UserError(f"--dataset {name}: unknown; there are {', '.join(NAMES)}")
+    if name in COUNTS and (len(train.y), len(test.y)) != COUNTS[name]:
+        whole = "{} and {}".format(*COUNTS[name])
+        trees.note(f"{name}: {len(train.y)} and {len(test.y)} images; the whole set has {whole}")
     if val_size:
         rest, held_out = stratified_split(train.y, val_size, seed, "--val-size")
         train, val = train.subset(rest), train.subset(held_out[shuffled(len(held_out))])
@@ -282,10 +286,16 @@ def read_domains(name, data_dir, seed, test_domain, size, options):
     if test_domain and test_domain not in names:
         raise UserError(f"--test-domain {test_domain}: {name} has {', '.join(names)} here")
     if split is not None and not test_domain:  # 0 train, 1 its validation, 2 test, 3 validation
-        return *(images.subset((split == k).nonzero().flatten()) for k in (0, 3, 2)), classes
+        rows = [(split == k).nonzero().flatten() for k in (0, 3, 2)]
+        held = (images.subset(r[shuffled(len(r))]) for r in rows[1:])
+        return images.subset(rows[0]), *held, classes
     train, val, test = [], [], []
     for k, own in enumerate(names):
         rows = (domain == k).nonzero().flatten()
+        if not len(rows):  # named by the reader
+            if own == test_domain:
+                raise UserError(f"--test-domain {own}: no images of it in {data_dir}")
+            continue
         if own == test_domain:
             test.append(rows)
             continue
@@ -310,9 +320,41 @@ def read_cifar101(data_dir):
     raise trees.missing("cifar10.1", data_dir / "cifar10.1_v6_data.npy")
 
 
+def test_options(name, networks):
+    """Options of `load` that say which images are the test set of networks (label, model, facts):
+    of a domain set those they were not trained on. Raises UserError where these differ."""
+    if name not in DOMAINS:
+        return {}
+    found = []
+    for _, _, facts in networks:
+        options = facts.get("options", {})
+        own = {"test_domain": options.get("test_domain")}
+        if name in ("vlcs", "pacs", "domains") and not own["test_domain"]:
+            own["seed"] = options.get("seed", 0)  # chose the 20 % of every domain
+        found.append(own)
+    if any(own != found[0] for own in found):
+        raise UserError(
+            f"{name}: the networks have different test images ({found}): evaluate them apart"
+        )
+    return found[0]
+
+
+class Restricted(torch.nn.Module):
+    """A network whose logits are those of some classes alone."""
+
+    def __init__(self, model, classes):
+        super().__init__()
+        self.model, self.spec = model, model.spec | {"num_classes": len(classes)}
+        self.register_buffer("classes", classes)
+
+    def forward(self, x):
+        return self.model(x)[:, self.classes]
+
+
 def for_evaluation(name, networks, data_dir, limit):
     """Test images of the data set `name` for networks (label, model, facts), tensors on the CPU:
     (x uint8, y, rows of the test set, its size). limit: so many, the same number of each class.
+    For imagenet-a and -r the networks in the list become `Restricted`, y numbers the classes left.
     Raises UserError where a network has another number of classes or cannot take the images."""
     size = networks[0][1].spec["image_size"]
     if networks[0][2]["method"] == "torchvision":  # their 1000 classes need no training images
@@ -322,7 +364,8 @@ def for_evaluation(name, networks, data_dir, limit):
         test = trees.read_imagenet_test(name, folder, classes, size, options)
     else:
         sized = name in ("shapes", "tiny-imagenet") or name not in STATS
-        dataset = load(name, data_dir, image_size=size if sized else None)
+        options = test_options(name, networks)
+        dataset = load(name, data_dir, image_size=size if sized else None, **options)
         test, classes = dataset.test, dataset.classes
     for _, model, facts in networks:
         if model.spec["num_classes"] != len(classes):
@@ -341,6 +384,12 @@ def for_evaluation(name, networks, data_dir, limit):
     x, y = test.take(rows)
     if len(x) < len(rows):
         raise UserError(f"{name}: {len(rows) - len(x)} images cannot be read")
+    only = getattr(test.x, "only", None)
+    if only is not None:
+        y = torch.searchsorted(only, y)
+        for k, (label, model, facts) in enumerate(networks):
+            device = next(model.parameters()).device
+            networks[k] = label, Restricted(model, only.to(device)).eval(), facts
     return x, y, rows, len(test.y)
 
 

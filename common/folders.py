@@ -24,7 +24,9 @@ import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -216,6 +218,9 @@ def _decode_other(path):
     from PIL import Image
 
     with open(path, "rb") as file, Image.open(io.BytesIO(file.read())) as image:
+        if image.mode.startswith("I"):  # grey of 16 bits, which `convert` would cut off at 255
+            grey = (np.array(image).astype(np.int64).clip(0, 65535) + 128) // 257
+            return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -347,6 +352,24 @@ class Reader(Dataset):
         return x[: len(held)], torch.tensor(held, dtype=torch.int64), bad
 
 
+def leave_signals(worker):
+    """In a worker: Ctrl-C and what a scheduler sends to all processes are the trainer's to answer,
+    which still needs batches to finish its step; a SIGTERM counts from the trainer alone."""
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 # --- files in the place of tensors ----------------------------------------------------------------
 
 
@@ -379,6 +402,11 @@ class Files:
     @property
     def shape(self):
         return torch.Size((len(self), 3, self.size, self.size))
+
+    @property
+    def unreadable(self):
+        """Positions of those among these files that were found so. `bad` is one for all parts."""
+        return np.flatnonzero(np.isin(self.rows, np.fromiter(self.bad, np.int64)))
 
     def subset(self, rows):
         """These files, by index tensor or slice."""
@@ -447,6 +475,7 @@ class Files:
         loader = DataLoader(
             reader, sampler=batches, batch_size=None, num_workers=workers,
             pin_memory=pinned, prefetch_factor=4 if workers else None, generator=torch.Generator(),
+            worker_init_fn=leave_signals,
         )  # fmt: skip
         side = torch.cuda.Stream(self.device) if pinned else None
         iterator = iter(loader)

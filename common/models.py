@@ -1081,12 +1081,18 @@ def from_torchvision(name):
         weights = theirs.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError):
         raise UserError(f"torchvision:{name}: has no weights IMAGENET1K_V1") from None
+    form, rescales = weights.transforms(), ("googlenet", "inception_v3")  # with these weights
+    usual = form.crop_size == [224] and form.resize_size == [256]
+    if not usual or form.interpolation.value != "bilinear" or name in rescales:
+        raise UserError(
+            f"torchvision:{name}: takes other images than 224 of 256 pixels in ImageNet's mean and "
+            "deviation; evaluate such a network by hand"
+        )
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if not file.is_file():
         raise UserError(f"torchvision:{name}: no {file}; put {weights.url} there")
     net = theirs.get_model(name)
     net.load_state_dict(run.load_checkpoint(file, foreign=True))
-    form = weights.transforms()
     model = nn.Sequential(Normalize(form.mean, form.std), net).eval()
     model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
     return model

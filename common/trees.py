@@ -85,7 +85,11 @@ def find(name, data_dir, names, marks):
 
 def listed(root, count=None, title=None):
     """scan() with what is to be said about it: other files, loops, an incomplete set."""
+    if run.rank():  # the first process scans, the others find its cache
+        run.wait()
     listing, title = folders.scan(root), title or str(root)
+    if not run.rank():
+        run.wait()
     others, example = listing.others
     if others:
         note(f"{title}: {others} files are no images, as {example}: left out")
@@ -213,7 +217,7 @@ def imagenet_classes(data_dir):
     )
 
 
-def read_imagenet_test(name, data_dir, classes, size, options, fit="crop"):
+def read_imagenet_test(name, data_dir, classes, size, options):
     """Test images of imagenet or one of its test sets, labelled by their place in `classes`."""
     if name == "imagenet":
         root = find(name, data_dir, ("imagenet", "ILSVRC/Data/CLS-LOC"), ["val"]) / "val"
@@ -223,10 +227,13 @@ def read_imagenet_test(name, data_dir, classes, size, options, fit="crop"):
     root = next((data_dir / n for n in IMAGENET_TESTS[name] if (data_dir / n).is_dir()), None)
     if root is None:
         raise missing(name, data_dir / IMAGENET_TESTS[name][0])
-    if name == "imagenet-c":  # <corruption>/<severity>/<wnid>: all 75 sets in one
+    if name == "imagenet-c":  # [<group>/]<corruption>/<severity>/<wnid>: all 75 sets in one
+        if size != 224:
+            raise UserError(f"imagenet-c: its files have 224 pixels, not {size}")
         listing = listed(root, title=name)
-        files = folders.Files(listing, size=size, fit=fit, **options)
-        return in_order(files, labels_of(listing, classes, depth=2))
+        files = folders.Files(listing, size=size, fit="exact", **options)
+        depth = next((d for d in (2, 3) if any(is_wnid(n) for n in listing.part(d)[0])), 2)
+        return in_order(files, labels_of(listing, classes, depth))
     return read_test(name, root, classes, size, options, COUNTS[name][""])
 
 
@@ -270,14 +277,20 @@ def read_tiny_imagenet(data_dir, size, options):
     if not annotations.is_file():
         raise missing("tiny-imagenet", annotations)
     for line in annotations.read_text().splitlines():
-        file, wnid = line.split()[:2]
-        truth[file.encode()] = classes.index(wnid)
+        file, wnid, *_ = line.split() or ("", "")
+        if file and wnid not in classes:
+            raise UserError(f"{annotations}: {wnid} of {file} is not in wnids.txt")
+        if file:
+            truth[file.encode()] = classes.index(wnid)
     train = listed(root / "train", counts["train"], "tiny-imagenet train")
     test = listed(root / "val" / "images", counts["val"], "tiny-imagenet val")
     names = [test.name(row) for row in range(len(test))]
     unknown = [n for n in names if n not in truth]
     if unknown:
         raise UserError(f"{annotations}: no line for {unknown[0].decode()}")
+    empty = sorted(set(classes) - set(train.part(0)[0]))
+    if empty:
+        raise UserError(f"{root / 'train' / empty[0]}: a class without images")
     parts = []
     for listing, labels in (
         (train, labels_of(train, classes)),

@@ -143,8 +143,7 @@ class Corrupted:
                 yield corruptions.corrupt(x, *self.kind, index=rows, **self.options)
 
     def scored(self, logits, y):
-        bad = [k for k, row in enumerate(self.files.rows.tolist()) if row in self.files.bad]
-        self.files.skipped = np.array(bad, np.int64)
+        self.files.skipped = self.files.unreadable
         return self.files.scored(logits, y)
 
 
@@ -179,19 +178,23 @@ def imagenet(args, networks, device, precision):
 
     def score(key, images):
         values = [run.evaluate(m, *images, precision, args.batch_size) for _, m, _ in networks]
-        counts[key] = len(images.y), len(getattr(images.x, "bad", ()))
+        bad = len(getattr(images.x, "files", images.x).unreadable)
+        counts[key] = len(images.y) - bad, bad
         return [v["error"] for v in values]
 
     def few(images):
         if args.limit and args.limit < len(images.y):
-            return images.subset(data.stratified_split(images.y, args.limit, 0, "--limit")[1])
-        return images
+            images = images.subset(data.stratified_split(images.y, args.limit, 0, "--limit")[1])
+        return images.to(device)
+
+    sizes = sorted({m.spec["image_size"] for _, m, _ in networks})
+    if len(sizes) > 1:
+        raise run.UserError(f"networks for images of {sizes} pixels: one at a time")
+    if root and sizes != [224]:
+        raise run.UserError(f"{root} has 224 pixels, the network takes {sizes[0]}: use --generate")
 
     def own(name):
-        sizes = {m.spec["image_size"] for _, m, _ in networks}
-        if len(sizes) > 1:
-            raise run.UserError(f"networks for images of {sorted(sizes)} pixels: one at a time")
-        return few(trees.read_imagenet_test(name, data_dir, classes, sizes.pop(), options))
+        return few(trees.read_imagenet_test(name, data_dir, classes, sizes[0], options))
 
     clean = None
     try:
@@ -452,8 +455,7 @@ def main(args):
         if run.rank() == 0:
             write_json(args, output)
         return output
-    options = networks[0][2].get("options", {})
-    options = {"test_domain": options.get("test_domain"), "strict": args.strict}
+    options = data.test_options(name, networks) | {"strict": args.strict}
     if name not in data.STATS:
         options["image_size"] = networks[0][1].spec["image_size"]
     dataset = data.load(name, args.data_dir, workers=args.workers, **options)
@@ -508,7 +510,10 @@ def main(args):
 
     # The clean rows are those of the test set; a released labels.npy in another order than ours
     # (an .npz need not have the official one) would make the two incomparable only with --limit.
-    clean = score(dataset.test.x[mine], dataset.test.y[mine])
+    own = mine
+    if manifest and len(labels) < len(dataset.test.y):  # exported with --limit: of these rows
+        own = data.stratified_split(dataset.test.y, len(labels), 0, "--limit")[1][mine]
+    clean = score(dataset.test.x[own], dataset.test.y[own])
     results = []
     for (_, _, facts), values in zip(networks, clean, strict=True):
         results.append(facts | {"clean": values, "error": {}, "ece": {}})

@@ -102,8 +102,9 @@ def evaluate(path, cache, args, precision, device):
     facts |= {"checkpoint": str(path), "seed": options.get("seed"), "test_domain": domain}
     facts["options"] = {k: v for k, v in options.items() if k not in PATHS}
     facts["val_error"] = checkpoint.get("metrics", {}).get("error")
-    facts["images"] = {k: len(v.y) for k, v in cache[key].items()}
-    facts["unreadable"] = {k: len(getattr(v.x, "bad", ())) for k, v in cache[key].items()}
+    bad = {k: len(getattr(v.x, "unreadable", ())) for k, v in cache[key].items()}
+    facts["images"] = {k: len(v.y) - bad[k] for k, v in cache[key].items()}
+    facts["unreadable"] = bad
     return facts | {"accuracy": found}
 
 

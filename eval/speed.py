@@ -297,7 +297,7 @@ def time_data(args, device):
         for workers in args.workers:
             files = folders.Files(listing, size=args.image_size, device=device, workers=workers)
             batches = data.Batches(folders.Images(files, y), args.batch_size, seed=0)
-            rows[f"loader, {workers} workers"] = rate(batches, args, device)
+            rows[f"loader, {workers} workers"] = rate(batches, args, device, max(workers, 1))
             del batches  # ends its workers
     x, y = torch.rand(args.batch_size, 3, *[args.image_size] * 2, device=device), y[:1]
     x, y = x.contiguous(memory_format=torch.channels_last), y.expand(args.batch_size)
@@ -326,17 +326,19 @@ def trainer(args, x, y, device):
     return step
 
 
-def rate(step, args, device):
-    """Images per second of step(2), step(3), ..., after two that are not counted."""
-    for i in range(args.batches + 2):
-        if i == 2:
+def rate(step, args, device, workers=1):
+    """Images per second of the last calls of step(0), step(1), ...; the first are not counted.
+    Workers deliver in bursts, so calls are counted in multiples of them, four or more."""
+    first, count = 2 * workers, workers * max(4, -(-args.batches // workers))
+    for i in range(first + count):
+        if i == first:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             begin = time.perf_counter()
         step(i)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return args.batches * args.batch_size / (time.perf_counter() - begin)
+    return count * args.batch_size / (time.perf_counter() - begin)
 
 
 def draw_tree(folder, count=256):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.io import write_jpeg
 
-from common import corruptions, data, run
+from common import corruptions, data, models, run
 from common.run import UserError
 from eval import corruptions as ev
 
@@ -92,6 +92,24 @@ def test_files_of_another_size_are_refused(root, monkeypatch):
     released(root, kinds=["gaussian_noise"], side=256)
     with pytest.raises(UserError, match=r"JPEG: is 256x256 pixels, where 224x224 are expected"):
         evaluate(root, monkeypatch, "--corruptions", "gaussian_noise")
+
+
+def test_networks_of_another_size_are_refused(root, monkeypatch):
+    """The released files have 224 pixels; what a network for 64 makes of them is no figure."""
+    released(root, kinds=["fog"])
+    monkeypatch.setattr(Colour, "spec", Colour.spec | {"image_size": 64})
+    with pytest.raises(UserError, match="has 224 pixels, the network takes 64: use --generate"):
+        evaluate(root, monkeypatch, "--corruptions", "fog")
+    options = ("--corruptions", "brightness", "--severities", "1", "--generate")
+    assert "brightness" in evaluate(root, monkeypatch, *options)["error"]
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "efficientnet_b4", "inception_v3", "googlenet"]
+)
+def test_torchvision_networks_of_other_images_are_refused(name):
+    with pytest.raises(UserError, match=f"torchvision:{name}: takes other images than 224 of 256"):
+        models.from_torchvision(name)
 
 
 def test_incomplete_release(root, monkeypatch, capsys):

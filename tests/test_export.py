@@ -65,6 +65,27 @@ def test_arrays_there_and_back(folder, capsys):
         assert stored["checkpoints"][0][key] == fly["checkpoints"][0][key]
 
 
+def test_a_limited_export_has_its_own_clean_images(folder):
+    """Clean error of the ten images exported, not of the first ten."""
+    options = ("--dataset", "cifar10", "--limit", 10, "--corruptions", "brightness")
+    export(folder, folder / "CIFAR-10-C", *options)
+    test = data.load("cifar10", folder).test
+    rows = data.stratified_split(test.y, 10, 0, "--limit")[1]
+    assert rows.tolist() != list(range(10))
+    torch.manual_seed(0)
+    model = models.build("resnet8", "bn", num_classes=10)
+    state = model.spec | {"dataset": "cifar10", "model": model.state_dict(), "method": "ct"}
+    run.save_checkpoint(folder / "last.pt", state)
+    found = evaluate(folder, "--corruptions", "brightness")["checkpoints"][0]
+    expected = run.evaluate(model.eval(), test.x[rows], test.y[rows])
+    assert found["clean"]["error"] == pytest.approx(expected["error"])
+    assert found["clean"]["ece"] == pytest.approx(expected["ece"], abs=1e-3)
+    few = evaluate(folder, "--corruptions", "brightness", "--limit", 5)["checkpoints"][0]
+    kept = rows[data.stratified_split(test.y[rows], 5, 0, "--limit")[1]]
+    expected = run.evaluate(model.eval(), test.x[kept], test.y[kept])
+    assert few["clean"]["ece"] == pytest.approx(expected["ece"], abs=1e-3)
+
+
 def test_an_interrupted_export_goes_on(folder, monkeypatch, capsys):
     options = ["--dataset", "cifar10", "--corruptions", "fog,contrast,pixelate"]
     whole = export(folder, folder / "whole", *options)

@@ -1,7 +1,9 @@
 """Trees of image files: every kind of bad input, the cached listing, batches as of a tensor."""
 
+import multiprocessing
 import os
 import random
+import subprocess
 
 import numpy as np
 import pytest
@@ -68,13 +70,16 @@ def test_sizes_and_classes(tree):
     assert [n.split("/")[-2] == "dog" for n in names] == loaded.test.y.bool().tolist()
 
 
-@pytest.mark.parametrize("kind", ["L", "LA", "P", "1", "CMYK", "RGBA", "I;16", "bmp", "gif"])
+KINDS = ["L", "LA", "P", "1", "CMYK", "RGBA", "I;16", "I;16 tiff", "bmp", "gif"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_becomes_rgb(tmp_path, kind):
     """Greyscale, palette, CMYK, transparent, 16-bit and other formats keep their colours."""
     original = Image.fromarray(picture(1).permute(1, 2, 0).numpy())
-    path = tmp_path / f"a.{ {'CMYK': 'jpg', 'bmp': 'bmp', 'gif': 'gif'}.get(kind, 'png') }"
-    expected = np.array(original)
-    if kind == "I;16":
+    suffix = {"CMYK": "jpg", "bmp": "bmp", "gif": "gif", "I;16 tiff": "tiff"}.get(kind, "png")
+    path, expected = tmp_path / f"a.{suffix}", np.array(original)
+    if kind.startswith("I;16"):
         wide = (np.array(original.convert("L")).astype(np.uint16)) * 257
         Image.fromarray(wide).save(path)
         expected = np.repeat(np.array(original.convert("L"))[..., None], 3, 2)
@@ -382,6 +387,43 @@ def test_logits_are_restricted_to_the_classes_of_a_subset():
     logits = torch.tensor([[9.0, 1, 0, 0, 0], [9, 0, 0, 0, 1], [9, 0, 0, 0, 1]])
     found, y = files.scored(logits, torch.tensor([1, 4, 1]))
     assert y.tolist() == [0, 1, 0] and run.metrics(found, y)["error"] == pytest.approx(100 / 3)
+
+
+def test_unreadable_files_count_where_they_are(tree, capfd):
+    """A broken test file is none of the training set's, though both are named from one record."""
+    cut(tree / "val" / "dog" / "002.jpg")
+    loaded = load(tree)
+    assert len(loaded.test.take(slice(None)).y) == 7
+    assert len(loaded.test.x.unreadable) == 1 and not len(loaded.train.x.unreadable)
+    rest = np.delete(np.arange(8), loaded.test.x.unreadable)
+    assert not len(loaded.test.x.subset(torch.from_numpy(rest)).unreadable)
+
+
+def test_growth_of_the_final_layer_on_files(tree, tmp_path):
+    import fixup_penalty
+
+    options = f"--dataset folder --data-dir {tree} --image-size 16 --workers 0 --device cpu"
+    options += f" --arch wrn10-1 --growth 10,16 --batch-size 5 --variants none --out {tmp_path}/r"
+    found = fixup_penalty.main(fixup_penalty.parse_args(options.split()))
+    assert len(found) == 4 and all(v > 0 for v in found.values())
+
+
+def test_workers_leave_signals_to_the_trainer(tree):
+    """A scheduler signals every process: reading goes on, and still ends when the trainer says."""
+    batches = data.Batches(load(tree, workers=2).train, 5, seed=0)
+    whole = data.Batches(load(tree).train, 5, seed=0)
+    batches(0)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for name in ("TERM", "INT", "USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(w.pid) for w in workers)], check=True)
+    for step in range(1, 30):
+        assert torch.equal(batches(step)[0], whole(step)[0])
+    assert all(w.is_alive() for w in workers)
+    for w in workers:
+        w.terminate()
+        w.join(5)
+    assert [w.exitcode for w in workers] == [0, 0]
 
 
 def test_dead_worker_is_one_line(tree, monkeypatch):

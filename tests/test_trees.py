@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -104,11 +105,64 @@ def test_classes_without_the_training_tree(tmp_path, imagenet):
         trees.imagenet_classes(tmp_path)
 
 
-def test_imagenet_c_pools_its_sets(imagenet):
-    kinds = [f"{c}/{s}" for c in ("fog", "snow") for s in (1, 5)]
-    put(imagenet / "imagenet-c", *(f"{k}/{WNIDS[9]}/a.JPEG" for k in kinds))
-    loaded = load("imagenet-c", imagenet)
+@pytest.mark.parametrize("group", ["", "weather/"])
+def test_imagenet_c_pools_its_sets(imagenet, tmp_path, group):
+    """With and without the folders of its archives; the files as they are, never cropped again."""
+    (tmp_path / "imagenet").symlink_to(imagenet / "imagenet")
+    kinds = [f"{group}{c}/{s}/{WNIDS[9]}/a.JPEG" for c in ("fog", "snow") for s in (1, 5)]
+    picture = torch.randint(256, (3, 224, 224), dtype=torch.uint8)
+    put(tmp_path / "imagenet-c", *kinds, content=encode_png(picture).numpy().tobytes())
+    loaded = load("imagenet-c", tmp_path, image_size=None)
     assert loaded.test.y.tolist() == [9] * 4
+    assert torch.equal(loaded.test.take(slice(0, 1)).x[0], picture)
+    with pytest.raises(UserError, match="its files have 224 pixels, not 16"):
+        load("imagenet-c", tmp_path)
+    put(tmp_path / "imagenet-c", kinds[0])
+    with pytest.raises(UserError, match="24x24 pixels, where 224x224 are expected"):
+        load("imagenet-c", tmp_path, image_size=None).test.take(slice(None))
+
+
+class Fixed(torch.nn.Module):
+    """Logits that rise with the number of the class, as a network of an evaluation."""
+
+    def __init__(self, classes, size=16):
+        super().__init__()
+        self.spec = {"num_classes": classes, "image_size": size}
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return torch.arange(self.spec["num_classes"]).expand(len(x), -1) * self.scale
+
+
+def networks(classes, *options):
+    facts = {"method": "ct", "checkpoint": "x"}
+    return [(str(k), Fixed(classes), facts | {"options": o}) for k, o in enumerate(options)]
+
+
+def test_attacked_networks_are_restricted_to_the_subset(imagenet, tmp_path):
+    """imagenet-r has 200 of the classes; an attack may not move an image to another one."""
+    (tmp_path / "imagenet").symlink_to(imagenet / "imagenet")
+    put(tmp_path / "imagenet-r", *(f"{WNIDS[k]}/{k}.jpg" for k in (3, 70, 500)))
+    found = networks(1000, {})
+    x, y, _, _ = data.for_evaluation("imagenet-r", found, tmp_path, 0)
+    (_, model, _) = found[0]
+    assert sorted(y.tolist()) == [0, 1, 2] and model.spec["num_classes"] == 3
+    assert model(x.float()).tolist() == [[3, 70, 500]] * 3
+
+
+def test_networks_are_tested_on_what_they_did_not_see(shared):
+    """Pooled domains: the 20 % that the network's own seed held out, not those of seed 0."""
+    root = shared / "data" / "samples"
+    for options in ({"seed": 1}, {"seed": 1, "test_domain": "sketch"}):
+        own = load("pacs", root, **options)
+        found = networks(7, options, options)
+        x, y, _, total = data.for_evaluation("pacs", found, root, 0)
+        assert total == len(own.test.y) and torch.equal(y, own.test.y)
+        assert torch.equal(x, own.test.take(slice(None)).x)
+    with pytest.raises(UserError, match="different test images"):
+        data.for_evaluation("pacs", networks(7, {"seed": 0}, {"seed": 1}), root, 0)
+    same = networks(10, {"seed": 0}, {"seed": 1})
+    assert data.test_options("shapes", same) == {"test_domain": None}
 
 
 def test_tiny_imagenet(tmp_path):
@@ -126,6 +180,16 @@ def test_tiny_imagenet(tmp_path):
     assert sorted(loaded.test.y.tolist()) == [0, 1, 2]
     with pytest.raises(UserError, match="24x24 pixels, where 64x64 are expected"):
         load("tiny-imagenet", tmp_path, image_size=None)
+    annotations = root / "val" / "val_annotations.txt"
+    annotations.write_text("\n".join([*lines, "", ""]))
+    assert len(load("tiny-imagenet", tmp_path).test.y) == 3
+    annotations.write_text("\n".join([*lines, f"x.JPEG {WNIDS[9]}"]))
+    with pytest.raises(UserError, match=rf"{WNIDS[9]} of x\.JPEG is not in wnids\.txt"):
+        load("tiny-imagenet", tmp_path)
+    annotations.write_text("\n".join(lines))
+    shutil.rmtree(root / "train" / WNIDS[1])
+    with pytest.raises(UserError, match=f"{WNIDS[1]}: a class without images"):
+        load("tiny-imagenet", tmp_path)
 
 
 # --- others ---------------------------------------------------------------------------------------
@@ -252,6 +316,25 @@ def test_camelyon17_official_splits(camelyon, capsys):
     few = loaded.test.take(slice(None))
     assert (few.x[:, 0, 0, 0] % 2).tolist() == few.y.tolist()
     assert "10 patches; the whole set has 455954" in capsys.readouterr().err
+
+
+def test_camelyon17_held_out_parts_are_mixed(camelyon, monkeypatch):
+    plain = load("camelyon17", camelyon, image_size=None)
+    monkeypatch.setattr(data, "shuffled", lambda n: torch.arange(n).flip(0))
+    turned = load("camelyon17", camelyon, image_size=None)
+    for part in ("val", "test"):
+        a, b = (getattr(d, part) for d in (plain, turned))
+        assert values(a) == values(b) and b.x.rows.tolist() == sorted(b.x.rows)[::-1]
+
+
+def test_camelyon17_without_a_hospital(camelyon):
+    root = camelyon / "camelyon17_v1.0"
+    for patch in (root / "patches").rglob("*patient_004*.png"):
+        patch.unlink()
+    loaded = load("camelyon17", camelyon, test_domain="hospital3")
+    assert len(loaded.train.y) + len(loaded.val.y) == 6
+    with pytest.raises(UserError, match="--test-domain hospital4: no images of it in"):
+        load("camelyon17", camelyon, test_domain="hospital4")
 
 
 def test_camelyon17_leave_one_out(camelyon):
