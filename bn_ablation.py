@@ -55,6 +55,7 @@ DEFAULTS = {  # per data set: arch, steps, lrs
     "gaussian": ("dln25", 10_000, [1e-6]),
     "photographs": ("vgg16", 15_000, [0.1]),  # every tree of images
 }
+NORMS = ("none", "bn", "noisy-bn", "l1", "l2", "linf", "gn")
 PROBED = {"vgg16": ((5, 10), (3, 11)), "dln25": ((9, 17), (1, 11, 24))}  # the paper's figures
 
 
@@ -72,7 +73,7 @@ def parse_args(argv=None):
         "--norms",
         type=run.listed(str),
         default=["none", "bn", "noisy-bn"],
-        help="also l1, l2, linf, gn",
+        help=f"of {', '.join(NORMS)}",
     )
     group.add_argument(
         "--lrs", type=run.listed(run.positive(float)), help="fixed; default: 0.1, for dln25 1e-6"
@@ -103,6 +104,8 @@ def parse_args(argv=None):
     args.step_sizes = args.step_sizes or ([0.01, 0.1, 1, 10, 30] if linear else [0.5, 1, 2, 4])
     if sorted(set(args.step_sizes)) != args.step_sizes:
         raise run.UserError(f"--step-sizes {args.step_sizes}: must increase")
+    if unknown := set(args.norms) - set(NORMS):
+        raise run.UserError(f"--norms {', '.join(unknown)}: choose from {', '.join(NORMS)}")
     if args.compile:
         raise run.UserError("--compile: not for bn_ablation.py, whose probes look into the network")
     return args
@@ -428,7 +431,9 @@ def train(name, model, lr, args, batches, held_out, targets, record, precision, 
         if measured or shown or last:
             guard.check()  # sync point
         if measured and fine:
-            grads = [p.grad for p in model.parameters()] if precision.name == "fp32" else None
+            # of the trajectory where a probe has the same: in fp32, the noise of one process
+            same = precision.name == "fp32" and run.world() == 1
+            grads = [p.grad for p in model.parameters()] if same else None
             row, values = measure(model, old, grads, batches, step, lr, targets, args)
             rows.append({"step": step, **row})
             for slot, activation in values.items():
@@ -514,7 +519,8 @@ def main(args):
     else:
         dataset = data.from_args(args, device)
         held_out = dataset.val or dataset.test
-        batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment)
+        settings = args.augment, dataset.flip
+        batches = data.Batches(dataset.train, args.batch_size, args.seed, *settings)
     todo = {f"{norm}-lr{lr:g}": (norm, lr) for lr in args.lrs for norm in args.norms}
     for norm in args.norms:
         build(norm, args, dataset, "cpu")

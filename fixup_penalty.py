@@ -103,6 +103,13 @@ def parse_args(argv=None):
             raise run.UserError("--norm is for one variant, --variants for several: give one")
         args.variants = single
     args.variants = list(dict.fromkeys(args.variants or VARIANTS))
+    words = {word for name in args.variants for word in name.split("+")[1:]}
+    if args.dropout and "dropout" not in words:
+        raise run.UserError("--dropout: no variant has +dropout")
+    if args.penalty != "none" and not words & set(PENALTIES):
+        raise run.UserError(f"--penalty {args.penalty}: no variant has +penalty")
+    if args.growth and (args.tune or args.seeds > 1):
+        raise run.UserError("--growth: of one seed and fixed options, without --tune and --seeds")
     return args
 
 
@@ -210,7 +217,7 @@ def train(stage, file, args, dataset, record, precision, device):
     """Build and train the network of `args`; return it and its final metrics. stage: the prefix of
     its scalars; file: its checkpoint, from which it goes on (or is skipped) when resumed."""
     model = build(args, dataset, device)
-    settings = args.augment, dataset.flip
+    settings = args.augment, dataset.flip, not args.mixup  # mixed with rows of other processes
     batches = data.Batches(dataset.train, args.batch_size, args.seed, *settings)
     if args.norm == "bn-aux":
         size = min(args.aux_batch, len(dataset.train.y))
@@ -264,12 +271,14 @@ def train(stage, file, args, dataset, record, precision, device):
             sums, count, clock = torch.zeros_like(sums), 0, time.perf_counter()
         if done % batches.per_epoch == 0:
             epoch = done // batches.per_epoch
-            if epoch % args.eval_every == 0 or done == total:
+            evaluated = epoch % args.eval_every == 0 or done == total
+            if evaluated:
                 metrics = run.evaluate(model, *(dataset.val or dataset.test), precision)
                 metrics |= {"embedding": squares[0], "logits": squares[1]}
                 record.scalars(done, {f"{stage}/error": metrics["error"]})
                 text += f"  error {metrics['error']:.2f}"
-            record.record(stage=stage, epoch=epoch, step=done, loss=ce, penalty=extra, eval=metrics)
+            fresh = metrics if evaluated else {}
+            record.record(stage=stage, epoch=epoch, step=done, loss=ce, penalty=extra, eval=fresh)
             record.progress(done, total, text, done=True)
             clock = time.perf_counter()
         guard.save(done, stage=stage, metrics=metrics, dataset=args.dataset)
@@ -306,7 +315,8 @@ def growth(variants, archs, dataset, record, precision, device):
     penalty acts in training only). Returns {when/what/variant/arch: value}."""
     rows, final = [], {}
     for (name, own), own.arch in itertools.product(variants.items(), archs):
-        few, own.epochs = run.to_float(dataset.train.x[: own.batch_size]), own.growth_epochs
+        few, own.epochs = dataset.train.take(slice(0, own.batch_size)).x, own.growth_epochs
+        few = run.to_float(few)
         found, key = {"start": sizes(build(own, dataset, device), few)}, f"{name}-{own.arch}"
         if own.epochs:
             model, _ = train(key, f"{key}.pt", own, dataset, record, precision, device)

@@ -55,6 +55,7 @@ RECIPES = {  # per data set, where it is not told otherwise; "small" is for all 
 }  # fmt: skip
 STREAMS = ("clean", "deepaug", "tda", "adv")
 JUDGES = ("pgd-20", "pgd-100", "apgd-ce-100")  # attacks of the table at the end
+NORMS = ("nf", "none", "gn", "in", "ln", "bn", "dual-bn")
 SEPARATE = ("bn", "dual-bn")  # normalisers for which clean and adversarial images go separately
 
 
@@ -62,8 +63,10 @@ def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
     group = parser.add_argument_group("model and optimisation (default: by data set, see RECIPES)")
-    group.add_argument("--arch", help="wrn10-1 for shapes, nf_resnet50 for trees, else wrn28-10")
-    group.add_argument("--norm", default="nf", help="nf, none, gn, in, ln, bn, dual-bn")
+    group.add_argument(
+        "--arch", help="wrn10-1 for shapes, nf_resnet50 (resnet50) for trees, else wrn28-10"
+    )
+    group.add_argument("--norm", default="nf", choices=NORMS)
     group.add_argument("--epochs", type=run.positive(int))
     group.add_argument("--batch-size", type=run.positive(int))
     group.add_argument("--lr", type=run.positive(float), help="peak rate; of trees: per 256 images")
@@ -102,6 +105,8 @@ def parse_args(argv=None):
     run.add_arguments(parser)
     args = run.parse(parser, argv)
     recipe = "imagenet" if args.dataset in data.PHOTOGRAPHS else args.dataset
+    if recipe == "imagenet" and args.norm != "nf":
+        args.arch = args.arch or "resnet50"
     for key, value in (RECIPES["small"] | RECIPES.get(recipe, {})).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -109,6 +114,11 @@ def parse_args(argv=None):
         args.label_smoothing = 0.0 if args.loss == "trades" else 0.1
     check_options(args)
     return args
+
+
+def is_attacked(args):
+    """Whether adversarial images are trained on."""
+    return "adv" in args.streams and (args.lam > 0 or args.loss == "trades")
 
 
 def check_options(args):
@@ -120,8 +130,18 @@ def check_options(args):
         raise run.UserError(
             f"--streams {','.join(args.streams)}: clean, and any of {', '.join(STREAMS[1:])}, once"
         )
-    if args.loss == "trades" and args.streams != ["clean", "adv"]:
+    args.streams.sort(key=STREAMS.index)
+    mixture = args.streams == ["clean", "adv"]
+    if args.loss == "trades" and not mixture:
         raise run.UserError("--loss trades: has its own two terms, so no --streams")
+    if args.lam != 0.5 and (args.loss == "trades" or (args.lam and not mixture)):
+        raise run.UserError("--lam: of clean and adv alone; trades has --beta, streams their mean")
+    if args.beta != 6 and args.loss != "trades":
+        raise run.UserError("--beta: goes with --loss trades")
+    if args.norm == "dual-bn" and not is_attacked(args):
+        raise run.UserError(
+            "--norm dual-bn: half of it is idle without adversarial images; take bn"
+        )
     if args.loss == "trades" and args.norm == "dual-bn":
         raise run.UserError("--loss trades: compares two outputs of one network, so no dual-bn")
     if "deepaug" in args.streams and not args.deepaug_dir:
@@ -273,6 +293,11 @@ def build(args, dataset, device):
     """The network; its weights depend on the seed and the options alone."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
     model = models.build(args.arch, args.norm, **dataset.model_kwargs)
+    for block in model.modules():  # as the authors' networks with BatchNorm: branches start at zero
+        if args.dataset in data.PHOTOGRAPHS and isinstance(block, models.Bottleneck):
+            for name, gain in block.bn3.named_parameters():
+                if args.norm in SEPARATE and name.endswith("weight"):
+                    torch.nn.init.zeros_(gain)
     models.set_drop_path(model, args.drop_path)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -291,11 +316,11 @@ def lr_at(step, total, peak, warmup):
 def robust_error(model, images, attack, args, precision, statistics="adversarial"):
     """Error (%) under an attack of common/autoattack.py, from fixed starts, judged in fp32."""
     models.use_statistics(model, statistics)
-    wrong = 0
-    for i, (x, y) in enumerate(zip(images.x.split(250), images.y.split(250), strict=True)):
+    wrong, size = 0, min(250, -(-len(images.y) // run.world()))
+    for i, (x, y) in enumerate(zip(images.x.split(size), images.y.split(size), strict=True)):
         if i % run.world() == run.rank():
             right = run.predict(model, x).argmax(1) == y
-            x, y, index = run.to_float(x)[right], y[right], 250 * i + right.nonzero()[:, 0]
+            x, y, index = run.to_float(x)[right], y[right], size * i + right.nonzero()[:, 0]
             settings = args.eps, args.attack_norm, 0, index, precision
             _, fooled, _ = autoattack.attack(model, x, y, attack, *settings)
             wrong += (~right).sum().item() + fooled.sum().item()
@@ -313,15 +338,14 @@ def show_attack(record, model, x, y, args, precision, step):
 def train(model, args, batches, held_out, selects, record, precision):
     """Train `model` in place and return its final metrics.
 
-    batches: {stream: data.Batches}; held_out: images whose first --probe-images are attacked every
-    --eval-every epochs; selects: whether the best of these checkpoints is kept (best.pt).
+    batches: {stream: data.Batches}; held_out: images whose first --probe-images are attacked after
+    every epoch; selects: whether the best epoch is kept (best.pt), by its accuracy under this
+    attack, without adversarial training by the clean one.
     """
     device, per_epoch = next(model.parameters()).device, batches["clean"].per_epoch
     total, warmup = args.epochs * per_epoch, round(args.warmup * per_epoch)
     peak = args.lr * (args.batch_size / 256 if args.dataset in data.PHOTOGRAPHS else 1)
-    attacked = "adv" in args.streams and (args.lam > 0 or args.loss == "trades")
-    if args.norm == "dual-bn" and not attacked and run.world() > 1:
-        raise run.UserError("dual-bn without attacks: half of it is idle; use one process, or bn")
+    attacked = is_attacked(args)
     optimizer = torch.optim.SGD(
         model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
@@ -333,8 +357,8 @@ def train(model, args, batches, held_out, selects, record, precision):
     sums, count, clock = torch.zeros(len(names) + 5, device=device), 0, time.perf_counter()
     for step in range(guard.start, total):
         model.train()
-        at = step // per_epoch * per_epoch if args.schedule == "epoch" else step
-        lr = lr_at(at, total, peak, warmup)
+        floored = args.schedule == "epoch" and step >= warmup
+        lr = lr_at(step // per_epoch * per_epoch if floored else step, total, peak, warmup)
         optimizer.param_groups[0]["lr"] = lr
         torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, as a function of it
         images, labels = {}, {}
@@ -391,19 +415,21 @@ def train(model, args, batches, held_out, selects, record, precision):
             if attacked and robust < best / 2:
                 fall = f"from {best:.1f} to {robust:.1f} % at epoch {epoch}"
                 print(f"warning: accuracy under PGD-10 fell {fall}: raise --attack-steps")
-            if epoch % args.eval_every == 0 or done == total:
-                metrics = run.evaluate(model, *held_out, precision)
-                record.scalars(done, {"eval/accuracy": 100 - metrics["error"]})
+            fresh, score = {"pgd_probe_error": 100 - robust}, robust
+            if epoch % args.eval_every == 0 or done == total or (selects and not attacked):
+                fresh |= run.evaluate(model, *held_out, precision)
+                record.scalars(done, {"eval/accuracy": 100 - fresh["error"]})
                 show_attack(record, model, *(v[:8] for v in batches["clean"](0)), args, precision,
                             done)  # fmt: skip
-                text += f"  error {metrics['error']:.2f}"
-            metrics["pgd_probe_error"] = 100 - robust
-            record.record(epoch=epoch, step=done, loss=loss, eval=metrics)
+                text += f"  error {fresh['error']:.2f}"
+                score = robust if attacked else 100 - fresh["error"]
+            metrics |= fresh
+            record.record(epoch=epoch, step=done, loss=loss, eval=fresh)
             record.progress(done, total, f"{text}  pgd-10 {robust:.1f} %", done=True)
-            if selects and robust > best:
+            if selects and score > best:
                 state = {"step": done, "metrics": metrics, "dataset": args.dataset}
                 record.save("best.pt", model.spec | state | {"model": model.state_dict()})
-            best = max(best, robust)
+            best = max(best, score)
             clock = time.perf_counter()
         guard.save(done, metrics=metrics, best=best, dataset=args.dataset)
     model.eval()
@@ -420,13 +446,17 @@ def main(args):
     # Whatever may refuse an option comes before the run directory.
     given = [s for s in args.streams if s != "adv"]
     share = args.batch_size // len(given)
-    if share < 1:
-        raise run.UserError(f"--batch-size {args.batch_size}: fewer images than streams")
+    if share < 1 or share % run.world():
+        raise run.UserError(
+            f"--batch-size {args.batch_size}: {share} images for each of {len(given)} streams, "
+            f"which must divide among {run.world()} processes"
+        )
     batches = {}
     for name in given:
         images = stream_images(name, args, dataset, device)
         seed = args.seed if name == "clean" else run.seed_key(args.seed, name)
-        batches[name] = data.Batches(images, share, seed, args.augment, dataset.flip)
+        settings = args.augment, dataset.flip, True
+        batches[name] = data.Batches(images, share, seed, *settings)
     model = build(args, dataset, device)
     judges = JUDGES if args.robust_images else ()
     record = run.Run(args, __file__, [f"error/{name}" for name in ("clean", *judges)])

@@ -625,6 +625,7 @@ class Run:
     """
 
     current = None  # the run that a signal concerns
+    again = None  # the command that goes on, where it is not --resume with the run's directory
 
     def __init__(self, args, script, hparam_metrics=()):
         self.script = script
@@ -673,11 +674,11 @@ class Run:
             file.unlink()
         if not self.resumed:
             (self.dir / "log.jsonl").unlink(missing_ok=True)
-            text = json.dumps(self.options, indent=1) + "\n"
-            (self.dir / ".args.json").write_text(text)
-            os.replace(self.dir / ".args.json", self.dir / "args.json")
             source = Path(self.script)
             (self.dir / source.name).write_text(source.read_text())
+        # Resumed too: options that changed are those to go on with next time.
+        (self.dir / ".args.json").write_text(json.dumps(self.options, indent=1) + "\n")
+        os.replace(self.dir / ".args.json", self.dir / "args.json")
         self._log = open_log(self.dir / "log.jsonl")
         self.writer = SummaryWriter(str(self.dir), flush_secs=10)
         if not self.resumed:
@@ -758,8 +759,9 @@ class Run:
 
     def leave(self, reason):
         """End the process with status 0 and a line that tells how to go on."""
-        command = ["torchrun ..." if world() > 1 else "python", sys.argv[0], "--resume", self.dir]
-        print(f"{reason}: stopped; go on with {shlex.join(map(str, command))}", flush=True)
+        start = "torchrun ..." if world() > 1 else "python"
+        command = shlex.join(map(str, self.again or [sys.argv[0], "--resume", self.dir]))
+        print(f"{reason}: stopped; go on with {start} {command}", flush=True)
         self.record(event="stop", reason=reason)
         self._end()
         sys.exit(0)

@@ -461,6 +461,8 @@ def test_measuring_costs_at_most_15_percent():
         (("--layers", "two"), "--layers"),
         (("--slots", "9"), "--slots 9: vgg11-4 has 8"),
         (("--norms", "bn,batch"), "batch"),
+        (("--norms", "bn,nf"), "--norms nf: choose from none, bn, noisy-bn"),
+        (("--norms", "dual-bn"), "choose from"),
         (("--lrs", "fast"), "--lrs"),
         (("--arch", "vgg12"), "vgg12"),
         (("--compile",), "--compile"),

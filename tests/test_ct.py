@@ -187,7 +187,7 @@ def test_bad_options(options, text):
     ("options", "text"),
     [
         (["--arch", "resnet9"], "--arch resnet9: unknown"),
-        (["--norm", "batch"], "--norm batch: unknown"),
+        (["--norm", "batch"], "invalid choice: 'batch'"),
         (["--teacher", "none.pt"], "no such checkpoint"),
         (["--batch-size", "97"], "only 96 images"),
         (["--val-size", "96"], "only 96 training images"),

@@ -483,6 +483,10 @@ def test_svhn_is_an_npz_and_not_mirrored(tmp_path):
         ("--tune-weights 0.1,-1", "above 0"),
         ("--penalty l1", "invalid choice"),
         ("--norm bn --variants none", "give one"),
+        ("--dropout 0.5 --variants none,bn", r"no variant has \+dropout"),
+        ("--penalty logits --variants none", r"no variant has \+penalty"),
+        ("--growth 10,16 --tune", "without --tune"),
+        ("--growth 10,16 --seeds 2", "without --tune and --seeds"),
     ],
 )
 def test_bad_options(options, text):

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,54 @@ def test_lam_0_takes_no_attack_and_ignores_its_options(tmp_path, monkeypatch):
     assert len(calls) - len(judged) == 1  # the pictures at the end
     train(tmp_path / "b", "--lam", "0", "--eps", "9", "--streams", "clean")
     assert same(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
+
+
+def test_streams_in_any_order():
+    """lam belongs to adv wherever it stands, and the robust accuracy is that of adv."""
+    assert options("--streams", "adv,clean", "--lam", "0.9").streams == ["clean", "adv"]
+    assert options("--streams", "tda,adv,clean").streams == ["clean", "tda", "adv"]
+
+
+def test_without_attacks_the_clean_error_chooses(tmp_path):
+    """Under PGD such a network has nothing to compare: 0 % or noise, epoch after epoch."""
+    train(tmp_path / "r", "--lam", "0", "--val-size", "30", "--epochs", "4", "--eval-every", "4",
+          "--robust-images", "0")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    errors = [x["eval"]["error"] for x in lines if "epoch" in x]
+    chosen = run.load_checkpoint(tmp_path / "r" / "best.pt")
+    assert len(errors) == 4 and chosen["metrics"]["error"] == min(errors)
+    assert chosen["step"] == 2 * (1 + errors.index(min(errors)))
+
+
+def test_log_has_what_was_measured(finished):
+    """The error of an epoch without an evaluation is not the one of an epoch before."""
+    text = (finished[0] / "log.jsonl").read_text().splitlines()
+    rows = [x["eval"] for x in map(json.loads, text) if "epoch" in x]
+    assert ["error" in row for row in rows] == [False, True]
+    assert all("pgd_probe_error" in row for row in rows)
+
+
+def test_warm_up_is_by_steps_under_both_schedules(tmp_path, monkeypatch):
+    seen = []
+    real = nofrost.lr_at
+    monkeypatch.setattr(nofrost, "lr_at", lambda step, *a: seen.append(step) or real(step, *a))
+    common = ("--lam", "0", "--epochs", "3", "--warmup", "1", "--robust-images", "0")
+    train(tmp_path / "r", *common, "--schedule", "epoch")
+    assert seen == [0, 1, 2, 3, 3, 3, 6, 6, 6]
+
+
+def test_imagenet_with_batchnorm_is_the_authors():
+    """resnet50 in the place of nf_resnet50, and branches that start at zero."""
+    args = nofrost.parse_args(["--dataset", "imagenet", "--norm", "bn"])
+    assert args.arch == "resnet50"
+    assert nofrost.parse_args(["--dataset", "imagenet"]).arch == "nf_resnet50"
+    for norm in ("bn", "dual-bn", "gn"):
+        args.norm = norm
+        kwargs = {"num_classes": 3, "image_size": 64}
+        model = nofrost.build(args, SimpleNamespace(model_kwargs=kwargs), "cpu")
+        gains = [v for k, v in model.named_parameters() if "bn3" in k and k.endswith("weight")]
+        assert len(gains) == (32 if norm == "dual-bn" else 16)
+        assert all((v == (norm == "gn")).all() for v in gains)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -297,6 +346,11 @@ def test_divergence_stops_and_keeps_the_last_good(tmp_path, monkeypatch):
     (["--streams", "clean,deepaug,adv"], "--deepaug-dir"), (["--eps", "0"], "above 0"),
     (["--loss", "trades", "--streams", "clean,tda,adv"], "no --streams"),
     (["--loss", "trades", "--norm", "dual-bn"], "no dual-bn"),
+    (["--loss", "trades", "--lam", "0.9"], "trades has --beta"), (["--beta", "3"], "with --loss"),
+    (["--streams", "clean,tda,adv", "--lam", "0.9"], "streams their mean"),
+    (["--norm", "dual-bn", "--lam", "0"], "half of it is idle"),
+    (["--norm", "dual-bn", "--streams", "clean"], "half of it is idle"),
+    (["--norm", "l1"], "invalid choice: 'l1'"),
     (["--arch", "allconv"], "there are resnet"), (["--arch", "nf_resnet50", "--norm", "bn"], "nf"),
     (["--arch", "allconv", "--norm", "none", "--drop-path", "0.1"], "no blocks"),
     (["--batch-size", "2", "--streams", "clean,tda,deepaug", "--deepaug-dir", "x"], "streams"),

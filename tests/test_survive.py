@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import bn_ablation
 import ct
 import fixup_penalty
 import nofrost
-from common import data, models, run
+from common import data, models, run, shapes
 from common.run import UserError
 
 TINY = "--arch resnet8 --batch-size 32 --precision fp32 --device cpu --corrupted-images 0".split()
@@ -235,6 +236,34 @@ def test_signal_between_loops(tmp_path, monkeypatch, capsys, own_signals):
     assert end.value.code == 0 and "go on with" in capsys.readouterr().out
     assert "corrupted/student" in train_ct(tmp_path / "r", "--resume", "auto",
                                            "--corrupted-images", "5")  # fmt: skip
+
+
+def test_what_is_told_goes_on_to_the_same_end(tmp_path, monkeypatch, capsys, own_signals):
+    """The line after a stop needs no option that was given on the way: here more epochs."""
+    train_ct(tmp_path / "r")
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            extended = ["--resume", str(tmp_path / "r"), "--epochs", "5"]
+            run.cli(lambda argv: ct.main(ct.parse_args(argv)), lambda: extended)
+    (told,) = re.findall(r"go on with python \S+ (.*)", capsys.readouterr().out)
+    ct.main(ct.parse_args(told.split()))
+    assert run.load_checkpoint(tmp_path / "r" / "last.pt")["step"] == 15
+
+
+def test_a_stop_between_domains_goes_on_with_all(tmp_path, monkeypatch, capsys, own_signals):
+    """Not with the domain that was being trained alone."""
+    argv = [*TINY, "--lam", "0", "--epochs", "1", "--test-domain", "all"]
+    argv += ["--out", str(tmp_path / "r"), "--eval-every", "1"]
+    monkeypatch.setattr(sys, "argv", ["ct.py", *argv])
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run.cli(lambda a: ct.main(ct.parse_args(a)), lambda: argv)
+    (told,) = re.findall(r"go on with python ct\.py (.*)", capsys.readouterr().out)
+    final = ct.main(ct.parse_args(told.split()))
+    assert {k.split("/")[-1] for k in final} == set(shapes.STYLES)
+    assert run.Run.again is None
 
 
 def test_second_ctrl_c_does_not_wait(tmp_path, monkeypatch, own_signals):
