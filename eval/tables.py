@@ -1,6 +1,6 @@
 """Tables over seeds, from the JSON that the other eval scripts write.
 
-    python eval/tables.py eval/results/ct_cifar10_*.json    # as in the README
+    python eval/tables.py eval/results/ct_cifar10_{none,bn,ct}.json
     python eval/tables.py runs/*/last.corruptions.json
     python eval/tables.py runs/*/last.adversarial.json      # accuracies under attack
 
