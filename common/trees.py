@@ -33,8 +33,23 @@ IMAGENET_TESTS = {
 }
 IMAGENET = ("imagenet", *IMAGENET_TESTS)
 IN9_TESTS = {"in9": "original", "in9-mixed-same": "mixed_same", "in9-mixed-rand": "mixed_rand"}
+IN9_ROOTS = ("backgrounds_challenge", "bg_challenge", "in9")  # folders they may lie in
 IN9 = ("00_dog", "01_bird", "02_wheeled vehicle", "03_reptile", "04_carnivore", "05_insect",
        "06_musical instrument", "07_primate", "08_fish")  # fmt: skip
+# Of ImageNet's 1000 classes, those that IN-9 joins into each of its nine; the others are none.
+IN9_PARTS = (
+    "151-170 173-268",
+    "7-24 87-100 127-146",
+    "407-408 428 436 444 468 511 547 555 561 565 569 573 586 603 609 612 627 656 661 665 670-671 "
+    "675 690 705 717 734 751 757 791 802-803 817 820 829 847 864 866-867 870 880",
+    "33-68",
+    "269-280 286-299 356-362 387-388",
+    "300-326",
+    "401-402 420 432 486 494 513 541 546 558 566 577 579 593-594 641-642 683-684 687 699 776 822 "
+    "875 881 889",
+    "365-384",
+    "0-6 389-397",
+)
 # Images in the whole of each set, for what is said about an incomplete one.
 COUNTS = {
     "cifar10.1": {"v4": 2_021, "v6": 2_000},
@@ -44,6 +59,7 @@ COUNTS = {
     "vlcs": {"Caltech101": 1_415, "LabelMe": 2_656, "SUN09": 3_282, "VOC2007": 3_376},
     "pacs": {"art_painting": 2_048, "cartoon": 2_344, "photo": 1_670, "sketch": 3_929},
     "camelyon17": {"": 455_954},
+    **{name: {"train": 45_405, "val": 4_050} for name in IN9_TESTS},
 }  # fmt: skip
 SOURCES = {  # where a set that is not there comes from; none of these is fetched
     "cifar10.1": "github.com/modestyachts/CIFAR-10.1, datasets/cifar10.1_v6_{data,labels}.npy",
@@ -130,7 +146,7 @@ def in_order(files, labels, seed=0):
     return Images(files.subset(order), torch.from_numpy(labels)[order])
 
 
-def train_and_test(name, root, test_root, size, options):
+def train_and_test(name, root, test_root, size, options, fit="crop"):
     """(train, test, classes) of two class trees; the training folders are the classes."""
     counts = COUNTS.get(name, {})
     train = listed(root, counts.get("train"), f"{name} {root.name}")
@@ -140,7 +156,7 @@ def train_and_test(name, root, test_root, size, options):
         raise UserError(f"{root / empty[0]}: a class without images; fill it or remove the folder")
     files = folders.Files(train, size=size, **options)
     images = Images(files, torch.from_numpy(labels_of(train, names)))
-    return images, read_test(name, test_root, names, size, options, counts.get("val")), names
+    return images, read_test(name, test_root, names, size, options, counts.get("val"), fit), names
 
 
 def read_test(name, root, classes, size, options, count=None, fit="crop"):
@@ -167,15 +183,15 @@ def read_tree(name, data_dir, size, options):
             )
         return train_and_test(name, data_dir / "train", data_dir / held, size, options)
     if name in IN9_TESTS:
-        names = ("backgrounds_challenge", "bg_challenge", "in9")
-        root = find(name, data_dir, names, ["original"])
+        root = find(name, data_dir, IN9_ROOTS, ["original"])
         train = next((d for d in ("in9l", "original") if (root / d / "train").is_dir()), None)
         if train is None:
             raise missing(name, f"{root}/original/train (IN-9) or {root}/in9l/train (IN-9L)")
         test = root / IN9_TESTS[name] / "val"
         if not test.is_dir():
             raise missing(name, test)
-        parts = train_and_test(name, root / train / "train", test, size, options)
+        fit = "exact" if size == 224 else "squash"  # the released images have 224 pixels
+        parts = train_and_test(name, root / train / "train", test, size, options, fit)
         if parts[2] != list(IN9):
             raise UserError(f"{root / train / 'train'}: not the nine classes {', '.join(IN9)}")
         return parts
@@ -190,6 +206,25 @@ def read_tree(name, data_dir, size, options):
     images = folders.Files(train, size=size, **options)
     images = Images(images, torch.from_numpy(labels_of(train, classes)))
     return images, read_imagenet_test(name, data_dir, classes, size, options), classes
+
+
+def read_in9_test(name, data_dir, size, options):
+    """The test images of an IN-9 set alone, which is all that the release of the challenge has."""
+    test = find(name, data_dir, IN9_ROOTS, ["original"]) / IN9_TESTS[name] / "val"
+    if not test.is_dir():
+        raise missing(name, test)
+    fit = "exact" if size == 224 else "squash"
+    return read_test(name, test, list(IN9), size, options, COUNTS[name]["val"], fit)
+
+
+def in9_of_imagenet():
+    """int64 (1000,): the class of IN-9 that each of ImageNet's is a part of, 9 for the others."""
+    found = torch.full((1000,), 9)
+    for k, text in enumerate(IN9_PARTS):
+        for part in text.split():
+            first, _, last = part.partition("-")
+            found[int(first) : int(last or first) + 1] = k
+    return found
 
 
 def is_wnid(name):

@@ -2,7 +2,8 @@
 
     python ct.py --dataset pacs --test-domain all --seed 0 --out runs/pacs/0     # and seeds 1, 2
     python eval/domains.py runs/pacs --data-dir data
-    python eval/domains.py runs/camelyon/last.pt runs/in9/last.pt
+    python eval/domains.py runs/camelyon/last.pt
+    python eval/domains.py runs/in9/last.pt torchvision:resnet50 runs/imagenet/last.pt
 
 Finds the checkpoints below the folders that are given and evaluates each on the domain that its
 training left out: with --test-domain those of the epoch that the training domains' validation
@@ -11,7 +12,9 @@ domains. "average" is taken over the domains for every seed, then over the seeds
 standard deviation over the seeds.
 
 Trained on camelyon17's official splits, the columns are id_val, val (hospital 1) and test (hospital
-2); on IN-9, original, mixed-same, mixed-rand and the BG-gap, mixed-same less mixed-rand. Percent.
+2); on IN-9, original, mixed-same, mixed-rand and the BG-gap, mixed-same less mixed-rand. Networks
+of ImageNet's 1000 classes are tested on IN-9 as its authors do: right is an answer among the
+classes that IN-9 joins into the label's. Percent.
 """
 
 import json
@@ -43,11 +46,30 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+class Joined(torch.nn.Module):
+    """Logits (N,10) of the nine classes of IN-9 and of all others, from those of ImageNet's 1000:
+    of each group the largest, so that the predicted group is that of the predicted class."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("group", trees.in9_of_imagenet())
+
+    def forward(self, x):
+        logits = self.model(x)
+        lowest = logits.new_full((len(x), 10), -torch.inf)
+        return lowest.scatter_reduce(1, self.group.expand(len(x), -1), logits, "amax")
+
+
 def find(paths):
     """The checkpoint files below `paths`: of each run directory those that validation chose, else
     last.pt, baseline.pt and teacher.pt."""
     found = []
-    for path in map(Path, paths):
+    for path in paths:
+        if path.startswith("torchvision:"):
+            found.append(path)
+            continue
+        path = Path(path)
         if not path.is_dir():
             found.append(path)
             continue
@@ -73,11 +95,10 @@ def test_sets(dataset, domain, size, args, device):
         parts = {k: images.subset((split == n).nonzero().flatten()) for k, n in number.items()}
         return {k: part.to(device) for k, part in parts.items()}
     if dataset in trees.IN9_TESTS:
-        names = {name.removeprefix("in9-"): name for name in trees.IN9_TESTS}
-        names["original"] = names.pop("in9")
-        options["image_size"] = size
-        order = ("original", "mixed-same", "mixed-rand")
-        return {k: data.load(names[k], args.data_dir, **options).test for k in order}
+        names = {"original": "in9", "mixed-same": "in9-mixed-same", "mixed-rand": "in9-mixed-rand"}
+        folder = Path(args.data_dir)
+        sets = {k: trees.read_in9_test(n, folder, size, options) for k, n in names.items()}
+        return {k: images.to(device) for k, images in sets.items()}
     raise run.UserError(
         f"{dataset}: training left no domain out; use --test-domain, camelyon17 or in9"
     )
@@ -85,21 +106,34 @@ def test_sets(dataset, domain, size, args, device):
 
 def evaluate(path, cache, args, precision, device):
     """Facts and accuracies (%) of one checkpoint: {"accuracy": {column: value}, ...}."""
-    checkpoint = run.load_checkpoint(path)
+    if str(path).startswith("torchvision:"):
+        model = models.from_torchvision(path.partition(":")[2])
+        checkpoint = model.spec | {"dataset": "imagenet", "method": "torchvision"}
+    else:
+        checkpoint = run.load_checkpoint(path)
+        model = models.from_checkpoint(checkpoint)
     options = checkpoint.get("args", {})
     domain, dataset = options.get("test_domain"), str(checkpoint.get("dataset"))
+    if dataset in trees.IMAGENET:
+        dataset, model = "in9", Joined(model)
     key = (dataset, domain, checkpoint["image_size"])
     if key not in cache:
         cache[key] = test_sets(*key, args, device)
-    model = models.from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     found = {}
     for column, images in cache[key].items():
         error = run.evaluate(model, *images, precision, args.batch_size)["error"]
         found[column] = 100 - error
     if dataset in trees.IN9_TESTS:
         found["BG-gap"] = found["mixed-same"] - found["mixed-rand"]
-    facts = {k: checkpoint.get(k) for k in ("method", "stage", "arch", "norm", "dataset", "step")}
-    facts |= {"checkpoint": str(path), "seed": options.get("seed"), "test_domain": domain}
+    facts = {k: checkpoint.get(k) for k in ("method", "stage", "arch", "norm", "step")}
+    facts |= {
+        "dataset": dataset,
+        "trained_on": checkpoint.get("dataset"),
+        "checkpoint": str(path),
+        "seed": options.get("seed"),
+        "test_domain": domain,
+    }
     facts["options"] = {k: v for k, v in options.items() if k not in PATHS}
     facts["val_error"] = checkpoint.get("metrics", {}).get("error")
     bad = {k: len(getattr(v.x, "unreadable", ())) for k, v in cache[key].items()}
@@ -111,7 +145,7 @@ def evaluate(path, cache, args, precision, device):
 def settings(entry):
     """What tells one row from another: the options and the stage, without seed and domain."""
     options = {k: v for k, v in entry["options"].items() if k not in NOT_OPTIONS}
-    keys = ("dataset", "method", "stage", "arch", "norm")
+    keys = ("dataset", "trained_on", "method", "stage", "arch", "norm")
     return options | {k: entry[k] for k in keys}
 
 
@@ -168,7 +202,9 @@ def main(args):
         "versions": run.versions(), "dataset": sets[0], "precision": precision.name,
         "table": [header, *rows], "checkpoints": entries,
     }  # fmt: skip
-    path = Path(args.json or paths[0].parent / "domains.json")
+    path = Path(
+        args.json or Path(str(paths[0]).replace("torchvision:", "")).parent / "domains.json"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(output, indent=1) + "\n")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.io import write_png
 
 import ct
-from common import data, models, run
+from common import data, models, run, trees
 from common.run import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
@@ -126,6 +127,56 @@ def test_pacs_sample(shared, tmp_path):
     (entry,) = output["checkpoints"]
     assert entry["accuracy"]["photo"] == pytest.approx(100 - final["error/student"])
     assert entry["images"] == {"photo": 112}
+
+
+# --- IN-9 -----------------------------------------------------------------------------------------
+
+
+def test_groups_of_in9():
+    """As many ImageNet classes in each as the challenge's list has, no class in two."""
+    groups = trees.in9_of_imagenet()
+    assert torch.bincount(groups).tolist() == [116, 52, 42, 36, 35, 27, 26, 20, 16, 630]
+    for index, group in ((207, 0), (22, 1), (751, 2), (39, 3), (291, 4), (310, 5), (402, 6)):
+        assert groups[index] == group  # retriever, eagle, racer, iguana, lion, beetle, guitar
+    assert groups[[366, 0, 999, 281]].tolist() == [7, 8, 9, 9]  # gorilla, tench, paper, tabby
+
+
+def test_imagenet_networks_on_in9(tmp_path, capsys):
+    """Right is an answer among the classes joined; answers outside of all nine are wrong."""
+    rng = torch.Generator().manual_seed(0)
+    for name in ("original", "mixed_same", "mixed_rand"):
+        for folder in trees.IN9:
+            (tmp_path / "bg_challenge" / name / "val" / folder).mkdir(parents=True)
+            x = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=rng)
+            write_png(x, str(tmp_path / "bg_challenge" / name / "val" / folder / "a.png"))
+    torch.manual_seed(0)
+    model = models.build("resnet8", "bn", num_classes=1000).eval()
+    with torch.no_grad():
+        model.fc.weight *= 30
+    state = model.spec | {"dataset": "imagenet", "model": model.state_dict(), "method": "ct"}
+    run.save_checkpoint(tmp_path / "last.pt", state)
+    options = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    output = domains.main(domains.parse_args([str(tmp_path / "last.pt"), *options]))
+    (entry,) = output["checkpoints"]
+    groups, found = trees.in9_of_imagenet(), []
+    for name in ("in9", "in9-mixed-same", "in9-mixed-rand"):
+        images = trees.read_in9_test(name, tmp_path, 32, {"workers": 0})
+        x, y = images.take(slice(None))
+        found.append(100 * (groups[run.predict(model, x).argmax(1)] == y).double().mean().item())
+    values = [entry["accuracy"][k] for k in ("original", "mixed-same", "mixed-rand", "BG-gap")]
+    assert values == pytest.approx([*found, found[1] - found[2]])
+    assert entry["trained_on"] == "imagenet" and output["dataset"] == "in9"
+    assert "9 images; the whole set has 4050" in capsys.readouterr().err
+
+
+def test_in9_images_are_not_cropped(tmp_path):
+    """The released files have 224 pixels and the authors' code takes them as they are."""
+    folder = tmp_path / "bg_challenge/original/val/00_dog"
+    folder.mkdir(parents=True)
+    x = torch.randint(256, (3, 224, 224), dtype=torch.uint8)
+    write_png(x, str(folder / "a.png"))
+    images = trees.read_in9_test("in9", tmp_path, 224, {"workers": 0})
+    assert torch.equal(images.take(slice(None)).x[0], x)
 
 
 # --- ImageNet weights -----------------------------------------------------------------------------
