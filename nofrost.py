@@ -358,7 +358,8 @@ def train(model, args, batches, held_out, selects, record, precision):
     for step in range(guard.start, total):
         model.train()
         floored = args.schedule == "epoch" and step >= warmup
-        lr = lr_at(step // per_epoch * per_epoch if floored else step, total, peak, warmup)
+        at = max(step // per_epoch * per_epoch, warmup) if floored else step
+        lr = lr_at(at, total, peak, warmup)
         optimizer.param_groups[0]["lr"] = lr
         torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, as a function of it
         images, labels = {}, {}

@@ -63,7 +63,7 @@ STEPS = {  # attack: its gradient steps, or queries, where the name does not end
 TARGETS = 9  # classes that APGD-T and FAB-T aim at, the likeliest first
 # Lead of a wrong class, of the largest logit: the last bits depend on the batch, on a GPU (not
 # measured) on the algorithm too that is chosen for it.
-CLEAR = {"cpu": 1e-5, "cuda": 1e-4}
+CLEAR = {"cpu": 1e-5, "cuda": 1e-4, "mps": 1e-4, "xpu": 1e-4}
 CHUNK = 1 << 18  # numbers per piece of a batch on a CPU, so that its activations stay in the cache
 
 

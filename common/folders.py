@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -218,7 +219,7 @@ def _decode_other(path):
     from PIL import Image
 
     with open(path, "rb") as file, Image.open(io.BytesIO(file.read())) as image:
-        if image.mode.startswith("I"):  # grey of 16 bits, which `convert` would cut off at 255
+        if image.mode.startswith("I;16"):  # grey of 16 bits, which `convert` would cut off at 255
             grey = (np.array(image).astype(np.int64).clip(0, 65535) + 128) // 257
             return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -355,7 +356,7 @@ class Reader(Dataset):
 def leave_signals(worker):
     """In a worker: Ctrl-C and what a scheduler sends to all processes are the trainer's to answer,
     which still needs batches to finish its step; a SIGTERM counts from the trainer alone."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS

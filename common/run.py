@@ -676,15 +676,19 @@ class Run:
             (self.dir / "log.jsonl").unlink(missing_ok=True)
             source = Path(self.script)
             (self.dir / source.name).write_text(source.read_text())
-        # Resumed too: options that changed are those to go on with next time.
-        (self.dir / ".args.json").write_text(json.dumps(self.options, indent=1) + "\n")
-        os.replace(self.dir / ".args.json", self.dir / "args.json")
+            self.keep_options()
         self._log = open_log(self.dir / "log.jsonl")
         self.writer = SummaryWriter(str(self.dir), flush_secs=10)
         if not self.resumed:
             self._hparams(hparam_metrics)
         event = "resume" if self.resumed else "start"
         self.record(event=event, command=" ".join(sys.argv), **versions())
+
+    def keep_options(self):
+        """Write the options to go on with: at the start, and of a resumed run, whose options may
+        have changed, as soon as its checkpoint has turned out to fit them."""
+        (self.dir / ".args.json").write_text(json.dumps(self.options, indent=1) + "\n")
+        os.replace(self.dir / ".args.json", self.dir / "args.json")
 
     def _hparams(self, names):
         """Options as a table (TEXT) and in HPARAMS, within this event file: `add_hparams` would
@@ -827,6 +831,8 @@ class Guard:
                 reason = str(error).strip().split("\n")[0][:100]
                 path = self.record.dir / found[0]
                 raise UserError(f"{path}: does not fit these options ({reason})") from None
+            if rank() == 0:
+                self.record.keep_options()
         return {k: v for k, v in state.items() if k not in ("model", "optimizer")}
 
     def _buffers(self):

@@ -103,9 +103,11 @@ def listed(root, count=None, title=None):
     """scan() with what is to be said about it: other files, loops, an incomplete set."""
     if run.rank():  # the first process scans, the others find its cache
         run.wait()
-    listing, title = folders.scan(root), title or str(root)
-    if not run.rank():
-        run.wait()
+    try:
+        listing, title = folders.scan(root), title or str(root)
+    finally:
+        if not run.rank():
+            run.wait()
     others, example = listing.others
     if others:
         note(f"{title}: {others} files are no images, as {example}: left out")
@@ -149,7 +151,8 @@ def in_order(files, labels, seed=0):
 def train_and_test(name, root, test_root, size, options, fit="crop"):
     """(train, test, classes) of two class trees; the training folders are the classes."""
     counts = COUNTS.get(name, {})
-    train = listed(root, counts.get("train"), f"{name} {root.name}")
+    whole = None if root.parent.name == "in9l" else counts.get("train")  # IN-9L has more
+    train = listed(root, whole, f"{name} {root.name}")
     names = class_folders(root)
     empty = sorted(set(names) - set(train.part(0)[0]))
     if empty:

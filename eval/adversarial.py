@@ -213,7 +213,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
             positions.append(batch["positions"])
             images.append(batch["images"])
             zero, lost = zero + batch["zero"], lost + batch["lost"]
-            broken, seconds = broken + batch["broken"], seconds + batch["seconds"]
+            broken, seconds = broken + batch.get("broken", 0), seconds + batch["seconds"]
         progress.clear()
         if batches:
             found[row] = torch.cat(positions), torch.cat(images)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -391,11 +392,13 @@ def test_logits_are_restricted_to_the_classes_of_a_subset():
 
 def test_unreadable_files_count_where_they_are(tree, capfd):
     """A broken test file is none of the training set's, though both are named from one record."""
-    cut(tree / "val" / "dog" / "002.jpg")
-    loaded = load(tree)
-    assert len(loaded.test.take(slice(None)).y) == 7
-    assert len(loaded.test.x.unreadable) == 1 and not len(loaded.train.x.unreadable)
-    rest = np.delete(np.arange(8), loaded.test.x.unreadable)
+    loaded = load(tree, "domains")  # train and val are its domains: 80 and 20 % of each
+    row = int(loaded.test.x.rows[2])
+    cut(Path(loaded.test.x.listing.path(row)))
+    assert len(loaded.test.take(slice(None)).y) == len(loaded.test.y) - 1
+    assert loaded.train.x.bad.keys() == {row} and not len(loaded.train.x.unreadable)
+    assert loaded.test.x.unreadable.tolist() == [2]
+    rest = np.delete(np.arange(len(loaded.test.y)), 2)
     assert not len(loaded.test.x.subset(torch.from_numpy(rest)).unreadable)
 
 

@@ -135,6 +135,13 @@ def test_warm_up_is_by_steps_under_both_schedules(tmp_path, monkeypatch):
     common = ("--lam", "0", "--epochs", "3", "--warmup", "1", "--robust-images", "0")
     train(tmp_path / "r", *common, "--schedule", "epoch")
     assert seen == [0, 1, 2, 3, 3, 3, 6, 6, 6]
+    seen.clear()
+    common = (*common[:5], "0.67", *common[6:], "--schedule", "epoch")
+    train(tmp_path / "half", *common)
+    assert seen == [0, 1, 2, 3, 3, 3, 6, 6, 6]
+    seen.clear()
+    train(tmp_path / "third", *common[:5], "0.4", *common[6:])
+    assert seen == [0, 1, 1, 3, 3, 3, 6, 6, 6]
 
 
 def test_imagenet_with_batchnorm_is_the_authors():

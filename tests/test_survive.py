@@ -251,6 +251,13 @@ def test_what_is_told_goes_on_to_the_same_end(tmp_path, monkeypatch, capsys, own
     assert run.load_checkpoint(tmp_path / "r" / "last.pt")["step"] == 15
 
 
+def test_options_that_do_not_fit_leave_the_run_as_it_was(tmp_path):
+    train_ct(tmp_path / "r")
+    with pytest.raises(UserError, match="does not fit these options"):
+        ct.main(ct.parse_args(["--resume", str(tmp_path / "r"), "--arch", "wrn10-1"]))
+    assert "error/student" in ct.main(ct.parse_args(["--resume", str(tmp_path / "r")]))
+
+
 def test_a_stop_between_domains_goes_on_with_all(tmp_path, monkeypatch, capsys, own_signals):
     """Not with the domain that was being trained alone."""
     argv = [*TINY, "--lam", "0", "--epochs", "1", "--test-domain", "all"]
