@@ -1,8 +1,9 @@
 """How does batch normalisation help optimisation? One network trained with and without, and probed.
 
 Paper: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?",
-NeurIPS 2018, arXiv 1805.11604. Every pair of --norms and --lrs is trained under the same seed,
-initial weights, data order and fixed rate, and every --measure-every steps this is measured, with
+NeurIPS 2018, arXiv 1805.11604. Every pair of --norms and --lrs is trained under the same seed, data
+order and fixed rate (the VGG and the linear network from the same initial weights too), and every
+--measure-every steps this is measured, with
 weights w, batch (x, y), loss L and its gradient g at w:
 
     landscape        L(w - eta g) over the step sizes eta: the band of Fig. 4a
@@ -37,6 +38,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
 
@@ -502,7 +504,7 @@ def summarise(rows):
                 points.setdefault(f"{chart}_width", []).append(high - low)
                 points.setdefault(f"{chart}_high", []).append(high)
     skip = ("loss", "accuracy", "test", "slot")
-    medians = {k: sorted(v)[len(v) // 2] for k, v in points.items() if not k.startswith(skip)}
+    medians = {k: statistics.median(v) for k, v in points.items() if not k.startswith(skip)}
     last = {k: v[-1] for k, v in points.items() if k in skip}
     return last | medians
 
@@ -510,6 +512,8 @@ def summarise(rows):
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
+    if precision.name == "fp16":
+        raise run.UserError("--precision fp16: steps that its scaler skips would be measured")
     linear = args.dataset == "gaussian"
     # Whatever may refuse an option comes before the run directory.
     if linear:

@@ -244,6 +244,7 @@ def train(stage, model, args, batches, held_out, probe, record, precision, teach
         correct = (logits.detach().argmax(1) == y).float().mean()
         if guard.fine(step, lr, loss, norm):
             precision.scaler.step(optimizer)
+            norm = norm.nan_to_num(0, 0, 0)  # of steps that the fp16 scaler leaves out
             sums += torch.stack([ce.detach(), gap.detach(), correct, norm])
             count += 1
         precision.scaler.update()

@@ -186,6 +186,11 @@ def make_optimizer(model, args):
     return torch.optim.SGD(groups, args.lr, args.momentum, **rest)
 
 
+def first_images(images, count):
+    """So many, mixed, for trees are in the order of their classes; float (N,3,S,S)."""
+    return run.to_float(images.take(data.shuffled(len(images.y))[:count]).x)
+
+
 @torch.no_grad()
 def sizes(model, x):
     """Mean squares in training mode on images x: of the embedding, the logits and, in order, the
@@ -227,8 +232,8 @@ def train(stage, file, args, dataset, record, precision, device):
     guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, total)
     net, metrics = guard.net, guard.state.get("metrics", {})
     if not guard.start:
-        few = dataset.train.take(slice(0, args.batch_size)).x
-        found = sizes(model, run.to_float(few))
+        few = first_images(dataset.train, args.batch_size)
+        found = sizes(model, few)
         record.scalars(0, {f"{stage}/{k}": found[k] for k in ("embedding", "logits")})
         record.record(stage=stage, epoch=0, step=0, **found)
     sums, count, clock = torch.zeros(6, device=device), 0, time.perf_counter()
@@ -252,6 +257,7 @@ def train(stage, file, args, dataset, record, precision, device):
         squares = [z.detach().square().mean() for z in (h, logits)]
         if guard.fine(step, lr, loss, norm):
             precision.scaler.step(optimizer)
+            norm = norm.nan_to_num(0, 0, 0)  # of steps that the fp16 scaler leaves out
             sums += torch.stack([ce.detach(), extra.detach(), correct, norm, *squares])
             count += 1
         precision.scaler.update()
@@ -315,8 +321,7 @@ def growth(variants, archs, dataset, record, precision, device):
     penalty acts in training only). Returns {when/what/variant/arch: value}."""
     rows, final = [], {}
     for (name, own), own.arch in itertools.product(variants.items(), archs):
-        few, own.epochs = dataset.train.take(slice(0, own.batch_size)).x, own.growth_epochs
-        few = run.to_float(few)
+        few, own.epochs = first_images(dataset.train, own.batch_size), own.growth_epochs
         found, key = {"start": sizes(build(own, dataset, device), few)}, f"{name}-{own.arch}"
         if own.epochs:
             model, _ = train(key, f"{key}.pt", own, dataset, record, precision, device)

@@ -382,10 +382,11 @@ def train(model, args, batches, held_out, selects, record, precision):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
         correct = [(logits[k].detach().argmax(1) == labels[k]).float().mean() for k in
                    ("clean", names[-1])]  # fmt: skip
-        shown = [*(terms[k].detach() for k in names), loss.detach(), *correct, norm]
+        shown = [*(terms[k].detach() for k in names), loss.detach(), *correct]
         if guard.fine(step, lr, loss, norm):
             precision.scaler.step(optimizer)
-            sums += torch.stack([*shown, stats["zero_grad"]])
+            norm = norm.nan_to_num(0, 0, 0)  # of steps that the fp16 scaler leaves out
+            sums += torch.stack([*shown, norm, stats["zero_grad"]])
             count += 1
         precision.scaler.update()
 

@@ -41,6 +41,7 @@ from torch import nn
 
 FORMAT = 1  # of checkpoints; raised when a reader would misunderstand an older file
 ROOT = Path(__file__).resolve().parent.parent
+FP16_LEAST = 2.0**-10  # scale of the loss below which fp16 has failed, from 65536 on
 AGREE = 10  # steps between the questions of torchrun's processes whether one was told to stop
 # Normalisers whose statistics of a batch are not those of the global batch when it is spread.
 NOT_SPREAD = ("bn-population", "bn-aux", "noise", "l1", "l2", "linf")
@@ -332,6 +333,7 @@ def get_device(name):
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed is bf16's part
+        torch.backends.cuda.matmul.allow_tf32 = False  # an environment variable may have set it
         if device.index is not None:
             torch.cuda.set_device(device)  # streams and graphs are those of the current one
     if many and not dist.is_initialized():
@@ -822,9 +824,13 @@ class Guard:
                 found = name[0], name[0] and load_checkpoint(self.record.dir / name[0], device)
         state = found[1] or {}
         if state:
+            own = [{k: v for k, v in g.items() if k != "params"}
+                   for g in self.optimizer.param_groups]  # fmt: skip
             try:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
+                for group, options in zip(self.optimizer.param_groups, own, strict=True):
+                    group.update(options)  # these may have been changed for the rest of the run
                 if state.get("scaler"):
                     self.scaler.load_state_dict(state["scaler"])
             except (RuntimeError, ValueError, KeyError) as error:
@@ -870,6 +876,13 @@ class Guard:
         processes."""
         if not self.seen:
             return
+        if self.scaler.is_enabled() and self.scaler.get_scale() < FP16_LEAST:
+            self.record.training = False
+            raise Diverged(
+                "fp16: no gradient was finite for many steps, however small the loss was scaled; "
+                "take --precision bf16 or fp32, or lower --lr",
+                self.seen[-1][0],
+            )
         values = torch.stack([v for *_, v in self.seen])
         values = (mean(values) if together else values).tolist()
         for (step, lr, _), (loss, norm) in zip(self.seen, values, strict=True):

@@ -20,8 +20,10 @@ margin     Linf distance in 1/255 to the nearest misclassified point found: FAB 
            point was found ("infinite") are left out of the mean, not of the quantiles.
 logits     logit of y minus the largest other, in logits; negative where misclassified.
 hessian    eigenvalue of largest modulus of the Hessian of mean L by power iteration (--iterations):
-           in the parameters, nats per squared unit of them; and in the image, the mean over images
-           of each one's own, nats per squared unit of L2 distance.
+           in the parameters, nats per squared unit of them, which says nothing between networks
+           with and without normalisers: the weights before a normaliser can be scaled, and with
+           them this figure, while the function stays; and in the image, the mean over images of
+           each one's own, nats per squared unit of L2 distance.
 
 Writes the numbers, distributions included, as JSON, the surface as an SVG, both to TensorBoard.
 """

@@ -466,6 +466,7 @@ def test_measuring_costs_at_most_15_percent():
         (("--lrs", "fast"), "--lrs"),
         (("--arch", "vgg12"), "vgg12"),
         (("--compile",), "--compile"),
+        (("--precision", "fp16"), "--precision fp16"),
         (("--steps", "0"), "--steps"),
         (("--batch-size", "1000"), "--batch-size"),
     ],

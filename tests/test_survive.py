@@ -251,6 +251,22 @@ def test_what_is_told_goes_on_to_the_same_end(tmp_path, monkeypatch, capsys, own
     assert run.load_checkpoint(tmp_path / "r" / "last.pt")["step"] == 15
 
 
+def test_options_of_the_optimizer_may_change_on_the_way(tmp_path, monkeypatch):
+    """What --resume is given counts, not what the checkpoint was trained with."""
+    train_ct(tmp_path / "r")
+    seen = []
+    real = torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        seen.append({k: self.param_groups[0][k] for k in ("momentum", "weight_decay")})
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    changed = ["--epochs", "4", "--weight-decay", "0.1", "--momentum", "0.5"]
+    ct.main(ct.parse_args(["--resume", str(tmp_path / "r"), *changed]))
+    assert seen == [{"momentum": 0.5, "weight_decay": 0.1}] * 3
+
+
 def test_options_that_do_not_fit_leave_the_run_as_it_was(tmp_path):
     train_ct(tmp_path / "r")
     with pytest.raises(UserError, match="does not fit these options"):
@@ -282,6 +298,33 @@ def test_second_ctrl_c_does_not_wait(tmp_path, monkeypatch, own_signals):
     with pytest.raises(SystemExit) as end:
         run.cli(lambda out: train_ct(out), lambda: tmp_path / "r")
     assert end.value.code == 130
+
+
+# --- fp16 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [12, 1000])
+def test_fp16_leaves_out_single_steps_and_stops_when_none_is_finite(tmp_path, monkeypatch, bad):
+    """The scaler halves its scale at each step that overflows; without end that is a divergence."""
+    real, count = torch.amp.GradScaler.unscale_, [0]
+
+    def unscale(self, optimizer):
+        count[0] += 1
+        if count[0] <= bad:
+            optimizer.param_groups[0]["params"][0].grad.fill_(torch.nan)
+        return real(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
+    out = str(tmp_path / "r")
+    argv = (
+        f"{' '.join(TINY)} --lam 0 --epochs 15 --precision fp16 --log-every 5 --out {out}".split()
+    )
+    if bad == 12:
+        ct.main(ct.parse_args(argv))
+        assert finite(tmp_path / "r" / "last.pt")
+    else:
+        with pytest.raises(run.Diverged, match="fp16: no gradient was finite for many steps"):
+            ct.main(ct.parse_args(argv))
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
