@@ -3,8 +3,7 @@
 Paper: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?",
 NeurIPS 2018, arXiv 1805.11604. Every pair of --norms and --lrs is trained under the same seed, data
 order and fixed rate (the VGG and the linear network from the same initial weights too), and every
---measure-every steps this is measured, with
-weights w, batch (x, y), loss L and its gradient g at w:
+--measure-every steps this is measured, with weights w, batch (x, y), loss L and gradient g at w:
 
     landscape        L(w - eta g) over the step sizes eta: the band of Fig. 4a
     predictiveness   ||grad L(w) - grad L(w - eta g)|| over eta: the band of Fig. 4b
@@ -22,8 +21,9 @@ once for all of them. Figures go to <run>/figures as SVG, bands to TensorBoard's
 The paper leaves open or contradicts itself on, and here:
   1. VGG         vgg16: 13 convolutions, the normaliser before each ReLU, one linear layer
   2. loss        includes 0.5 * --weight-decay * ||weights||^2, as the paper's plots suggest
-  3. gradients   of the same batch at both points, as in the text; the published beta of both nets
-                 settles at 20 = 1 / (smallest eta), so those plots show something else
+  3. gradients   of the same batch at both points, as in the text. Late in training its gradient is
+                 gone after the smallest step: the difference is g itself, and beta settles at 1 /
+                 (smallest eta), the 20 of Fig. 4c, for both nets; it tells nothing of them then
   4. linear net  loss 0.5 * sum of squares, no normaliser after the last matrix, fp64
   5. noise       as in models.NoisyBatchNorm; l1, l2, linf as in models.LpNorm
   6. precision   fp32 by default: the differences measured are of the size of bf16's rounding
