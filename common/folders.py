@@ -353,6 +353,9 @@ class Reader(Dataset):
         return x[: len(held)], torch.tensor(held, dtype=torch.int64), bad
 
 
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # those that `run.cli` answers
+
+
 def leave_signals(worker):
     """In a worker: Ctrl-C and what a scheduler sends to all processes are the trainer's to answer,
     which still needs batches to finish its step; a SIGTERM counts from the trainer alone."""
@@ -360,7 +363,9 @@ def leave_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait():
@@ -479,7 +484,13 @@ class Files:
             worker_init_fn=leave_signals,
         )  # fmt: skip
         side = torch.cuda.Stream(self.device) if pinned else None
-        iterator = iter(loader)
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, SIGNALS
+        )  # workers start with them blocked
+        try:
+            iterator = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while True:
             try:
                 batch = next(iterator)
