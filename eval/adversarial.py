@@ -63,8 +63,9 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="forget an unfinished run")
     args = parser.parse_args(argv)
     args.eps = {"linf": 8.0, "l2": 128.0}[args.norm] if args.eps is None else args.eps
-    if not 0 < args.eps <= (255 if args.norm == "linf" else 1e5):  # L2: the attack asks the image
-        parser.error(f"--eps {args.eps:g} is not in (0, 255]: it is given in units of 1/255")
+    most = 255 if args.norm == "linf" else float("inf")  # of L2 by the images: `check_plan`
+    if not 0 < args.eps <= most:
+        parser.error(f"--eps {args.eps:g} is not in (0, {most:g}]: it is given in units of 1/255")
     return args
 
 
