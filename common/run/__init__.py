@@ -1,0 +1,85 @@
+"""Everything around a method: errors, options, device, checkpoints, the run directory, the loop."""
+
+from common.run.chart import custom_scalars, line_chart
+from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
+from common.run.cli import (
+    Parser,
+    add_arguments,
+    cli,
+    fraction,
+    listed,
+    nonnegative,
+    parse,
+    positive,
+)
+from common.run.device import (
+    Precision,
+    Sum,
+    SyncBatchNorm,
+    generator,
+    get_device,
+    has_bf16,
+    mean,
+    rank,
+    rows,
+    seed_key,
+    share,
+    spread,
+    summed,
+    wait,
+    world,
+)
+from common.run.errors import Diverged, UserError
+from common.run.evaluate import counts, eval_mode, evaluate, metrics, metrics_of, predict, to_float
+from common.run.loop import Guard, check_finite
+from common.run.results import table
+from common.run.rundir import Run, lock, on_signal
+
+__all__ = [
+    "ROOT",
+    "Diverged",
+    "Guard",
+    "Parser",
+    "Precision",
+    "Run",
+    "Sum",
+    "SyncBatchNorm",
+    "UserError",
+    "add_arguments",
+    "check_finite",
+    "cli",
+    "counts",
+    "custom_scalars",
+    "eval_mode",
+    "evaluate",
+    "fraction",
+    "generator",
+    "get_device",
+    "git_hash",
+    "has_bf16",
+    "line_chart",
+    "listed",
+    "load_checkpoint",
+    "lock",
+    "mean",
+    "metrics",
+    "metrics_of",
+    "nonnegative",
+    "older",
+    "on_signal",
+    "parse",
+    "positive",
+    "predict",
+    "rank",
+    "rows",
+    "save_checkpoint",
+    "seed_key",
+    "share",
+    "spread",
+    "summed",
+    "table",
+    "to_float",
+    "versions",
+    "wait",
+    "world",
+]

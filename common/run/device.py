@@ -1,0 +1,183 @@
+"""Device, processes, precision and seeds."""
+
+import datetime
+import hashlib
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common.run.errors import UserError
+
+# Normalisers whose statistics of a batch are not those of the global batch when it is spread.
+NOT_SPREAD = ("bn-population", "bn-aux", "noise", "l1", "l2", "linf")
+
+
+def world():
+    """Number of processes of this job; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, from 0 on; 0 writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def rows(count):
+    """This process's slice of `count` rows; all slices together are every row once."""
+    return slice(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def share(*tensors):
+    """This process's rows of tensors that hold the global batch. Random numbers drawn from now on
+    (dropout) are this process's own; those before are the same everywhere, whatever `world()`."""
+    if len(tensors[0]) % world():
+        raise UserError(f"a batch of {len(tensors[0])} does not divide among {world()} processes")
+    if rank():
+        torch.manual_seed(seed_key(torch.initial_seed(), rank()))
+    return tuple(tensor[rows(len(tensor))] for tensor in tensors)
+
+
+def wait():
+    """Until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def summed(x):
+    """Sum of a tensor over the processes."""
+    if world() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def mean(x):
+    """Mean of a floating tensor over the processes."""
+    return summed(x) / world()
+
+
+def spread(model):
+    """The model for training on a share of the global batch: gradients are the mean over the
+    processes, BatchNorm's statistics those of the global batch. `model` itself is changed so, and
+    keeps the names of its state. With one process: the model."""
+    if world() == 1:
+        return model
+    if model.spec["norm"] in NOT_SPREAD:
+        raise UserError(f"norm {model.spec['norm']}: its statistics need one process (no torchrun)")
+    device = next(model.parameters()).device
+    base = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, base):
+            kind = type(module)
+            module.__class__ = type(f"Sync{kind.__name__}", (kind, base), {"process_group": None})
+    ids = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the new name of broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+class Sum(torch.autograd.Function):
+    """`summed` with a gradient: each summand's is the sum of those that the processes have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return summed(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return summed(grad.contiguous())
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch's SyncBatchNorm runs on GPUs only; this one anywhere. Equal shares are assumed."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        axes, view = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
+        a, count = x.to(self.weight.dtype), x.numel() // x.shape[1] * world()
+        mean = Sum.apply(a.sum(axes)) / count
+        centred = a - mean.view(view)
+        var = Sum.apply(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        scale = (self.weight * (var + self.eps).rsqrt()).view(view)
+        return (centred * scale + self.bias.view(view)).to(x.dtype)
+
+
+def get_device(name):
+    """`auto` is the GPU if there is one. Raises UserError for a device that is not there. Under
+    torchrun each process takes the GPU of its local rank, and joins the others."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" in os.environ
+    if many and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here (try --device cpu)") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed is bf16's part
+        torch.backends.cuda.matmul.allow_tf32 = False  # an environment variable may have set it
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are those of the current one
+    if many and not dist.is_initialized():
+        # torchrun keeps one store over its restarts; what dead processes left must not be read
+        store, number, count = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # A batch of AutoAttack on one process outlasts NCCL's 10 minutes.
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group(
+            backend, timeout=patience, store=store, rank=number, world_size=count
+        )
+    return device
+
+
+def has_bf16(device):
+    """True where bf16 matrix products run in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and supported()
+
+
+class Precision:
+    """The one precision path: an autocast context and a gradient scaler, both with a switch.
+
+    name: fp32, bf16, fp16 or auto (bf16 where the device has it, else fp16 on a GPU, else fp32).
+    """
+
+    def __init__(self, name="auto", device="cpu"):
+        self.device = torch.device(device)
+        if name == "auto":
+            bf16 = has_bf16(self.device)
+            name = "bf16" if bf16 else "fp16" if self.device.type == "cuda" else "fp32"
+        self.name = name
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
+
+    def autocast(self):
+        """The context for forward passes."""
+        enabled = self.name != "fp32"
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+
+def seed_key(*key):
+    """A 63-bit seed that depends on ints and strings in `key`, the same on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*key, device="cpu"):
+    """A torch.Generator for this key: `generator(seed, "order", epoch)`."""
+    return torch.Generator(device).manual_seed(seed_key(*key))

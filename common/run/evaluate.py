@@ -1,0 +1,79 @@
+"""Predictions and their metrics: error, loss, calibration."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from common.run.device import Precision, rows, summed
+
+
+def to_float(x):
+    """uint8 images (N,C,H,W) to float in [0,1], channels_last; floats pass unchanged."""
+    if x.dtype == torch.uint8:
+        x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    return x
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Evaluation mode inside; afterwards every submodule has the mode it had."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.inference_mode()
+def predict(model, x, precision=None, batch_size=500):
+    """Logits (N,K), fp32, of images x (N,3,H,W), uint8 or float in [0,1], in eval mode."""
+    precision = precision or Precision("fp32", x.device)
+    with eval_mode(model), precision.autocast():
+        return torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
+
+
+def counts(logits, y, bins=15):
+    """What `metrics` divides, fp64 (3 + bins,): images, wrong ones, cross-entropy, and per bin of
+    confidence its sum less the number right. Counts of parts add up to those of the whole."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != y).double()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    result = torch.zeros(3 + bins, dtype=torch.float64, device=y.device)
+    result[0], result[1] = len(y), wrong.sum()
+    result[2] = F.cross_entropy(logits, y, reduction="none").double().sum()
+    return result.index_add_(0, 3 + which, confidence.double() - (1 - wrong))
+
+
+def metrics_of(counts):
+    """error (%), loss (nats), ece (%): expected calibration error over equal bins."""
+    n, wrong, loss, *gaps = counts.tolist()
+    return {"error": 100 * wrong / n, "loss": loss / n, "ece": 100 * sum(map(abs, gaps)) / n}
+
+
+def metrics(logits, y, bins=15):
+    """error (%), loss (nats), ece (%) of logits (N,K)."""
+    return metrics_of(counts(logits, y, bins))
+
+
+def evaluate(model, x, y, precision=None, batch_size=500, mine=False):
+    """`metrics` of the model on images x (N,3,H,W) with labels y (N,). Percent and nats.
+
+    All processes call it and get the same; each takes a share of the images. mine: x and y are this
+    process's share already (`rows`).
+    """
+    if not mine:
+        part = rows(len(y))
+        x, y = x[part], y[part]
+    if len(y):
+        logits = predict(model, x, precision, batch_size)
+        if not isinstance(
+            x, torch.Tensor
+        ):  # folders.Files: what was skipped, and a subset of the classes
+            logits, y = x.scored(logits, y)
+        found = counts(logits, y)
+    else:
+        found = torch.zeros(18, dtype=torch.float64, device=y.device)
+    return metrics_of(summed(found))
