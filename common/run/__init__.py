@@ -3,9 +3,16 @@
 from common.run.chart import custom_scalars, line_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
+    Flag,
     Parser,
     add_arguments,
+    add_evaluation_arguments,
+    add_recipe_arguments,
+    by_data,
+    changed,
     cli,
+    defaults_for,
+    fill,
     fraction,
     listed,
     nonnegative,
@@ -29,29 +36,56 @@ from common.run.device import (
     wait,
     world,
 )
-from common.run.errors import Diverged, UserError
-from common.run.evaluate import counts, eval_mode, evaluate, metrics, metrics_of, predict, to_float
-from common.run.loop import Guard, check_finite
+from common.run.errors import Diverged, UserError, check_finite
+from common.run.evaluate import (
+    accuracy,
+    counts,
+    eval_mode,
+    evaluate,
+    metrics,
+    metrics_of,
+    predict,
+    to_float,
+    warn_of_chance,
+)
+from common.run.loop import Loop
+from common.run.old_guard import Guard
+from common.run.old_run import Run, on_signal
+from common.run.progress import Progress, clock
+from common.run.repeat import each_seed, repeat
 from common.run.results import table
-from common.run.rundir import Run, lock, on_signal
+from common.run.rundir import RunDir, lock
 
 __all__ = [
     "ROOT",
     "Diverged",
+    "Flag",
     "Guard",
+    "Loop",
     "Parser",
     "Precision",
+    "Progress",
     "Run",
+    "RunDir",
     "Sum",
     "SyncBatchNorm",
     "UserError",
+    "accuracy",
     "add_arguments",
+    "add_evaluation_arguments",
+    "add_recipe_arguments",
+    "by_data",
+    "changed",
     "check_finite",
     "cli",
+    "clock",
     "counts",
     "custom_scalars",
+    "defaults_for",
+    "each_seed",
     "eval_mode",
     "evaluate",
+    "fill",
     "fraction",
     "generator",
     "get_device",
@@ -71,6 +105,7 @@ __all__ = [
     "positive",
     "predict",
     "rank",
+    "repeat",
     "rows",
     "save_checkpoint",
     "seed_key",
@@ -81,5 +116,6 @@ __all__ = [
     "to_float",
     "versions",
     "wait",
+    "warn_of_chance",
     "world",
 ]

@@ -1,42 +1,61 @@
 """Options of every run, and the last line of every script."""
 
 import argparse
-import json
 import os
 import re
 import signal
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from common.run import rundir
+from common.run import old_run
 from common.run.device import world
 from common.run.errors import UserError
+from common.run.progress import Lasting
+from common.run.rundir import read_options
+
+# Options that say where and how a run is made, not what it is: they are no part of its name.
+PLUMBING = {
+    "out", "overwrite", "resume", "device", "data_dir", "workers", "strict", "log_every",
+    "save_every", "save_minutes", "compile", "eval_every", "corrupted_images", "robust_images",
+    "probe_images", "capture", "baseline", "teacher", "deepaug_dir", "weights",
+}  # fmt: skip
 
 
 def cli(main, parse_args):
-    """Last line of every script. A `UserError` ends in one line on stderr and exit status 2; the
-    first SIGTERM, SIGUSR1 or Ctrl-C in a run ends in a checkpoint and exit status 0."""
+    """Last line of every script: a UserError ends in one line on stderr and exit status 2.
+
+    A training that was told to stop ends with status 75, a finished one with 0.
+    """
     own = int(os.environ.get("RANK", 0))
     if own:
         sys.stdout = open(os.devnull, "w")  # one process prints
+    sys.stdout = Lasting(sys.stdout)
+    sys.stderr = Lasting(sys.stderr)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), rundir.on_signal)
+            signal.signal(getattr(signal, name), old_run.on_signal)
     try:
         main(parse_args())
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}" if not own else f"process {own}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().split("\n")[0][:100]
+        print(f"error: out of memory ({reason}); lower --batch-size", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
-        # What is left of a job whose other process died: torchrun starts all of them again.
+        # Another process died; torchrun restarts the job.
         if world() == 1 or not re.search("gloo|nccl|peer|closed|timed out", str(error), re.I):
             raise
-        stopped = rundir.Run.current and rundir.Run.current.stop
+        rundir = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        stopped = getattr(rundir, "signal", None)
         reason = str(error).strip().split("\n")[0][:100]
         print(f"process {own}: lost the other processes ({reason})", file=sys.stderr, flush=True)
         os._exit(0 if stopped else 1)  # tearing down a broken group may hang
@@ -89,66 +108,179 @@ def listed(kind):
     return parse
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option once, and never "None"."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        value = action.default
+        if value in (None, argparse.SUPPRESS) or "default" in text or not action.option_strings:
+            return text
+        if isinstance(value, bool):
+            value = "on" if value else "off"
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        return f"{text} (default: {str(value).replace('%', '%%')})"
+
+    def _metavar_formatter(self, action, default_metavar):
+        if action.choices and len(action.choices) > 8 and not action.metavar:
+            return super()._metavar_formatter(_short(action), default_metavar)
+        return super()._metavar_formatter(action, default_metavar)
+
+
+def _short(action):
+    """The action with a placeholder instead of its many choices, which the help text lists."""
+    return argparse.Namespace(**vars(action) | {"metavar": "NAME", "choices": None})
+
+
+class Flag(argparse.BooleanOptionalAction):
+    """--name and --no-name, without argparse's own note of the default."""
+
+    def __init__(self, *args, help=None, **kwargs):
+        super().__init__(*args, help=None, **kwargs)
+        self.help = help
+
+
 class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help and answers a wrong option with one line, exit status 2."""
+    """Answers a wrong option with one line, exit status 2. Its help ends with the examples of the
+    script's docstring."""
 
     def __init__(self, script, doc):
-        name, form = Path(script).name, argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(name, description=doc.split("\n")[0], formatter_class=form)
+        examples = [line.strip() for line in doc.splitlines() if line.startswith("    python ")]
+        super().__init__(
+            Path(script).name, usage="%(prog)s [options]", description=doc.split("\n")[0],
+            epilog="examples:\n  " + "\n  ".join(examples) if examples else None,
+            formatter_class=Formatter, allow_abbrev=False,
+        )  # fmt: skip
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
+def by_data(table, key):
+    """ "default by data set: shapes 10, cifar10 100, ..." of a script's table of defaults."""
+    cells = [f"{name} {row[key]}" for name, row in table.items() if key in row]
+    return f"default by data set: {', '.join(cells)}"
+
+
+def defaults_for(table, dataset):
+    """The row of a data set in a script's table of defaults; "folders" is for every other one."""
+    name = dataset.removesuffix("-shortcut").removesuffix(".1")
+    return table.get(dataset, table.get(name, table["folders"]))
+
+
+def fill(args, row):
+    """Give the options that were not given the values of a row."""
+    for key, value in row.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
 def add_arguments(parser):
     """Add the options of every run, as the group "run"."""
     group = parser.add_argument_group("run")
-    group.add_argument("--out", help="run directory (default: runs/<script>-<data>-<arch>-s<seed>)")
+    group.add_argument(
+        "--out", metavar="DIR",
+        help="run directory (default: runs/<script>-<data>-<arch>-<options that differ>-s<seed>)",
+    )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     group.add_argument(
-        "--resume", metavar="RUN", help="go on with this run directory; auto: with --out's, if any"
-    )
-    group.add_argument("--seed", type=nonnegative(int), default=0)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--log-every", type=positive(int), default=50, help="steps between scalars")
-    group.add_argument("--save-every", type=positive(int), default=1, help="epochs between saves")
-    group.add_argument(
-        "--save-minutes", type=positive(float), metavar="M", help="save as often too"
-    )
-    group.add_argument(
-        "--keep", type=positive(int), default=2, help="checkpoints kept of each name"
-    )
-    group.add_argument(
-        "--max-skips", type=nonnegative(int), default=0, metavar="N",
-        help="steps left out because loss or gradient were not finite, before the run stops",
+        "--resume", metavar="RUN",
+        help="continue this run directory; auto: continue --out if it holds a run, else start "
+        "(default: start)",
     )  # fmt: skip
+    group.add_argument("--seed", type=nonnegative(int), default=0, help="first random seed")
+    group.add_argument(
+        "--device", default="auto", help="where to train: auto, cpu, cuda, cuda:1 ..."
+    )
+    group.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the forward and backward pass; auto: bf16 where the hardware has it",
+    )  # fmt: skip
+    group.add_argument("--compile", action=Flag, default=False, help="torch.compile the network")
+    group.add_argument(
+        "--log-every", type=positive(int), default=50, metavar="STEPS",
+        help="steps between points in TensorBoard",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-every", type=positive(int), default=1, metavar="EPOCHS",
+        help="epochs between checkpoints",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-minutes", type=positive(float), metavar="M",
+        help="also save every M minutes (default: by epochs only)",
+    )  # fmt: skip
+
+
+def add_recipe_arguments(parser, defaults, clip=0.0):
+    """Add network, length and SGD's options, as the group "model and optimisation"; returns it.
+
+    defaults: {data set: {"arch": ..., "epochs": ...}}, shown in the help (see `defaults_for`).
+    """
+    group = parser.add_argument_group("model and optimisation")
+    group.add_argument("--arch", help=f"network; {by_data(defaults, 'arch')}")
+    group.add_argument(
+        "--epochs", type=positive(int), help=f"length of a training; {by_data(defaults, 'epochs')}"
+    )
+    group.add_argument("--batch-size", type=positive(int), default=128, help="images of a step")
+    group.add_argument("--lr", type=positive(float), default=0.1, help="peak learning rate")
+    group.add_argument("--warmup", type=nonnegative(float), default=1.0, help="length in epochs")
+    group.add_argument(
+        "--momentum", type=nonnegative(float), default=0.9, help="Nesterov's; 0 is plain SGD"
+    )
+    group.add_argument(
+        "--weight-decay", type=nonnegative(float), default=5e-4, help="on all parameters"
+    )
+    group.add_argument(
+        "--clip", type=nonnegative(float), default=clip, help="largest gradient norm; 0 is none"
+    )
+    return group
+
+
+def add_evaluation_arguments(parser, defaults, images="--corrupted-images", kind="corrupted"):
+    """Add the options of the evaluations in and after a training; returns the group.
+
+    images: the option that says how many test images the slow columns of the table get."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval-every", type=positive(int), metavar="EPOCHS",
+        help=f"epochs between evaluations; {by_data(defaults, 'eval_every')}",
+    )  # fmt: skip
+    group.add_argument(
+        images, type=nonnegative(int), default=500, metavar="N",
+        help=f"test images for the {kind} columns of the table; 0 leaves them out",
+    )  # fmt: skip
+    group.add_argument(
+        "--seeds", type=positive(int), default=1, help="number of seeds, from --seed on"
+    )
+    return group
 
 
 def parse(parser, argv=None):
     """Parse `argv`; with `--resume RUN` the options saved there are the defaults.
 
-    `--resume auto` is `--resume OUT` where a run is in `--out`, or in the directory that `Run`
+    `--resume auto` is `--resume OUT` where a run is in `--out`, or in the directory that RunDir
     chooses, and nothing where none is. What torchrun starts again resumes so by itself.
+    args.differs: the options that differ from the parser's defaults, which name the run.
     """
+    usual = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
     folder = args.resume
     if not folder and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         folder = "auto"
-    if folder == "auto" and args.out and (Path(args.out) / "args.json").is_file():
+    if folder == "auto" and args.out and (Path(args.out).expanduser() / "args.json").is_file():
         folder = args.out
     if folder and folder != "auto":
-        file = Path(folder) / "args.json"
-        if not file.is_file():
-            raise UserError(f"--resume {folder}: no args.json there, so it is no run directory")
-        try:
-            saved = json.loads(file.read_text())
-        except ValueError:
-            raise UserError(f"{file}: not JSON; give the options and --overwrite") from None
+        saved = read_options(Path(folder).expanduser())
         known = {k: v for k, v in saved.items() if k in vars(args)}
         parser.set_defaults(**known | {"out": folder, "overwrite": False})
         args = parser.parse_args(argv)
         args.out = folder
     args.resume = folder
+    args.differs = {k: v for k, v in vars(args).items() if k not in PLUMBING and v != usual[k]}
     return args
+
+
+def changed(args, **values):
+    """A copy of the options with some of them changed."""
+    return argparse.Namespace(**vars(args) | values)

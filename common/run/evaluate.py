@@ -77,3 +77,18 @@ def evaluate(model, x, y, precision=None, batch_size=500, mine=False):
     else:
         found = torch.zeros(18, dtype=torch.float64, device=y.device)
     return metrics_of(summed(found))
+
+
+def accuracy(logits, y):
+    """Percent of logits (N,K) whose largest is the label, 0-d, on their device."""
+    return 100 * (logits.detach().argmax(1) == y).float().mean()
+
+
+def warn_of_chance(accuracies, num_classes):
+    """Say first which networks {name: accuracy %} have not learnt: below 1.5 times chance."""
+    for name, accuracy in accuracies.items():
+        if accuracy < 150 / num_classes:
+            print(
+                f"warning: {name} is at chance ({accuracy:.1f} % of {num_classes} classes): its "
+                "numbers below say nothing about the method; train longer or change --lr"
+            )

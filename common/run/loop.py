@@ -1,155 +1,223 @@
-"""What a training loop needs to survive."""
+"""The training loop around a method: what is not the method stands here.
+
+    loop = Loop(rundir, "student", model, optimizer, precision, batches, args.epochs)
+    for step in loop:                                   # goes on from the checkpoint
+        x, y = batches(step)
+        loss = F.cross_entropy(loop.net(x), y)
+        loop.backward(loss)                             # gradients, unscaled
+        loop.step(lr_at(step, loop.total), clip=1.0)    # the update
+        loop.log(loss=loss)                             # means every --log-every steps
+        if loop.evaluates:                              # every --eval-every epochs, and at the end
+            loop.report(**evaluate(model, held_out))
+
+The loop sets training mode and the seed before each step. After each step it saves when due, and
+leaves in order when a signal came. The forward pass, the loss and the order of events stay in the
+script.
+"""
 
 import math
 import time
 
 import torch
-import torch.distributed as dist
 
 from common.run.checkpoint import load_checkpoint
-from common.run.device import mean, rank, spread, summed, world
-from common.run.errors import Diverged, UserError
+from common.run.device import mean, rank, seed_key, spread, summed, world
+from common.run.errors import Diverged, check_finite
 
-FP16_LEAST = 2.0**-10  # scale of the loss below which fp16 has failed, from 65536 on
-AGREE = 10  # steps between the questions of torchrun's processes whether one was told to stop
+FP16_LEAST = 2.0**-10  # a loss scale below this means that fp16 has failed; it starts at 65536
+SHOWN = {"loss": "loss {:.3f}", "accuracy": "train {:.1f} %", "images_per_s": "{:.0f} img/s"}
+ASK_EVERY = 10  # steps between the checks whether any process got a signal
 
 
-class Guard:
-    """What a training loop needs to survive: it goes on from its checkpoint, makes no update from a
-    loss or gradient that is not finite, saves when due, and stops in order when told to.
+class Loop:
+    """Iterator over the steps of one network's training.
 
-    record: the Run. file: the name of the loop's checkpoint. model, optimizer, precision: whose
-    states it holds; they are loaded. per_epoch, total: steps.
+    stage: the network's name in the run ("teacher"); its TensorBoard sub-run and checkpoint.
+    batches: gives per_epoch, batch_size and seed. epochs, or steps: the length.
 
-    start: the step to begin with, 0 without a checkpoint. state: the checkpoint's content, else {}.
-    net: what to call in the loop: the model, spread over the processes and compiled if asked for.
+    net: what to call in the loop: the model, spread over processes, compiled if asked for.
+    total: steps in all. evaluates, ends_epoch: flags of the current step.
+    metrics: what was reported last. best: the best score kept.
     """
 
-    def __init__(self, record, file, model, optimizer, precision, per_epoch, total):
-        self.record, self.file, self.per_epoch, self.total = record, file, per_epoch, total
-        self.model, self.optimizer, self.scaler = model, optimizer, precision.scaler
-        options = {"max_skips": 0, "save_minutes": None, "save_every": 1} | record.options
-        self.max_skips, self.save_every = options["max_skips"], options["save_every"]
-        self.seconds = 60 * (options["save_minutes"] or math.inf)
-        self.state = self._restore(next(model.parameters()).device)
-        self.start, self.skipped = self.state.get("step", 0), self.state.get("skipped", 0)
+    def __init__(
+        self, rundir, stage, model, optimizer, precision, batches, epochs=None, steps=None
+    ):  # fmt: skip
+        self.rundir = rundir
+        self.stage = stage
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = precision.scaler
+        self.batches = batches
+        self.per_epoch = batches.per_epoch
+        self.total = steps or epochs * batches.per_epoch
+        options = rundir.options
+        self.eval_every = options["eval_every"] * (1 if steps else batches.per_epoch)
+        self.log_every = options["log_every"]
+        self.save_steps = options["save_every"] * batches.per_epoch
+        self.save_seconds = 60 * (options["save_minutes"] or math.inf)
+        state = rundir.restore(stage, model, optimizer, precision.scaler)
+        self.start = state.get("step", 0)
+        self.metrics = state.get("metrics", {})
+        self.best = state.get("best")
         self.net = spread(model)
         if options.get("compile"):
             self.net = torch.compile(self.net)
-        self.seen, self.buffers, self.saved = [], self._buffers(), time.monotonic()
-        record.training = self.start < total
+        self.means = {}
+        self.done = self.start
+        self._seen = []
+        self._sums = None
+        self._count = 0
+        self._fresh = {}
+        self._loss = None
+        self._norm = None
+        self._lr = 0.0
+        self._clock = time.perf_counter()
+        self._saved = time.monotonic()
 
-    def _restore(self, device):
-        found = [None, None]
-        if rank() == 0 and self.record.resumed:
-            found = self.record.newest(self.file, device)
-        if world() > 1:
-            name = [found[0]]
-            dist.broadcast_object_list(name)
-            if rank():
-                found = name[0], name[0] and load_checkpoint(self.record.dir / name[0], device)
-        state = found[1] or {}
-        if state:
-            own = [{k: v for k, v in g.items() if k != "params"}
-                   for g in self.optimizer.param_groups]  # fmt: skip
-            try:
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                for group, options in zip(self.optimizer.param_groups, own, strict=True):
-                    group.update(options)  # these may have been changed for the rest of the run
-                if state.get("scaler"):
-                    self.scaler.load_state_dict(state["scaler"])
-            except (RuntimeError, ValueError, KeyError) as error:
-                reason = str(error).strip().split("\n")[0][:100]
-                path = self.record.dir / found[0]
-                raise UserError(f"{path}: does not fit these options ({reason})") from None
-            if rank() == 0:
-                self.record.keep_options()
-        return {k: v for k, v in state.items() if k not in ("model", "optimizer")}
+    def __iter__(self):
+        self.rundir.begin(self.stage, self.start, self.total, self.per_epoch)
+        self._clock = time.perf_counter()
+        for step in range(self.start, self.total):
+            self.done = step + 1
+            self.model.train()
+            seed = seed_key(self.batches.seed, "step", step)  # dropout depends on (seed, step) only
+            torch.manual_seed(seed_key(seed, rank()) if rank() else seed)
+            yield step
+            self._after()
+        self.rundir.end(self.stage)
+        self.model.eval()
 
-    def _buffers(self):
-        return [b.clone() for b in self.model.buffers()] if self.max_skips else []
+    @property
+    def ends_epoch(self):
+        return self.done % self.per_epoch == 0
 
-    def fine(self, step, lr, loss, norm):
-        """Whether the update of this step may be made, from its loss and gradient norm (0-d).
+    @property
+    def evaluates(self):
+        return self.done % self.eval_every == 0 or self.done == self.total
 
-        Without --max-skips the answer is True and the values are looked at by `check`, which
-        every checkpoint asks first: no sync point here. With it they are looked at now, and a step
-        left out leaves buffers as they were before it.
-        """
-        # under fp16 the scaler leaves out, and repeats, steps whose scaled gradient overflowed
-        norm = torch.zeros_like(norm) if self.scaler.is_enabled() else norm
-        self.seen.append((step, lr, torch.stack([loss.detach().float(), norm.float()])))
-        if not self.max_skips:
-            return True
-        try:
-            self.check()
-        except Diverged as error:
-            self.skipped += 1
-            if self.skipped > self.max_skips:
-                raise
-            self.record.record(event="skip", step=step, reason=str(error).split(":")[0])
-            print(f"step {step} left out, {self.skipped} of {self.max_skips}: {error}")
-            for buffer, before in zip(self.model.buffers(), self.buffers, strict=True):
-                buffer.copy_(before)
-            self.record.training = True
-            return False
-        self.buffers = self._buffers()
-        return True
+    @property
+    def logs(self):
+        return self.done % self.log_every == 0 or self.ends_epoch or self.evaluates
+
+    # --- the words of a script ------------------------------------------------------------------
+
+    def backward(self, loss):
+        """Gradients of the loss in `.grad`, unscaled."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        self._loss = loss.detach()
+
+    def step(self, lr, clip=0.0):
+        """Update the weights at rate lr; clip: largest gradient norm, 0 for none."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._lr = lr
+        self._norm = norm
+        if self.scaler.is_enabled():  # the scaler skips and repeats steps that overflowed
+            norm = torch.zeros_like(norm)
+            self._norm = self._norm.nan_to_num(0, 0, 0)
+        self._seen.append((self.done - 1, lr, torch.stack([self._loss.float(), norm.float()])))
+
+    def log(self, **values):
+        """Add 0-d tensors to the means that TensorBoard gets every --log-every steps."""
+        row = torch.stack([v.detach().float() for v in (*values.values(), self._norm)])
+        self._sums = row if self._sums is None else self._sums + row
+        self._count += 1
+        if not self.logs:
+            self.rundir.moving(self.stage, self.done, self._text())
+            return
+        self.check()  # sync point
+        means = mean(self._sums / self._count).tolist()
+        self.means = dict(zip((*values, "grad_norm"), means, strict=True))
+        seconds = time.perf_counter() - self._clock
+        self.means["images_per_s"] = self._count * self.batches.batch_size / seconds
+        self.rundir.scalars(self.stage, self.done, {**self.means, "lr": self._lr})
+        self._sums = None
+        self._count = 0
+        self._clock = time.perf_counter()
+        self.rundir.moving(self.stage, self.done, self._text())
+
+    def report(self, **metrics):
+        """Numbers of an evaluation: TensorBoard, log.jsonl and the checkpoint get them."""
+        self.metrics = self.metrics | metrics
+        self._fresh = self._fresh | metrics
+        self.rundir.scalars(self.stage, self.done, metrics)
+        self._clock = time.perf_counter()
+
+    def keep_best(self, score):
+        """Keep the weights of the highest score; `load_best` brings them back."""
+        if self.best is None or score > self.best:
+            self.best = score
+            content = {"step": self.done, "metrics": self.metrics, "model": self.model.state_dict()}
+            self.rundir.save_best(self.stage, self.model.spec | content)
+
+    def load_best(self):
+        path = self.rundir.dir / self.rundir.best_file(self.stage)
+        device = next(self.model.parameters()).device
+        self.model.load_state_dict(load_checkpoint(path, device)["model"])
+
+    # --- after the step -------------------------------------------------------------------------
+
+    def _text(self):
+        text = f"epoch {self.done / self.per_epoch:.1f}/{self.total / self.per_epoch:g}"
+        units = {
+            "loss": "loss {:.3f}",
+            "accuracy": "train {:.1f} %",
+            "images_per_s": "{:.0f} img/s",
+        }
+        parts = [units[k].format(v) for k, v in self.means.items() if k in units]
+        return "  ".join([text, *parts])
+
+    def _after(self):
+        if self._fresh or self.ends_epoch or self.done == self.total:
+            row = {"stage": self.stage, "epoch": self.done // self.per_epoch, "step": self.done}
+            self.rundir.log(**row, **self.means, eval=self._fresh)
+            shown = "".join(f"  {k} {v:.2f}" for k, v in self._fresh.items() if v is not None)
+            self.rundir.line(self.stage, self.done, self._text() + shown)
+            self._fresh = {}
+        self._save()
 
     def check(self, together=True):
-        """Raise Diverged if a step since the last call was not finite. A sync point, of all
-        processes."""
-        if not self.seen:
+        """Raise Diverged if a step since the last call was not finite. A sync point."""
+        if not self._seen:
             return
+        last_step = self._seen[-1][0]
         if self.scaler.is_enabled() and self.scaler.get_scale() < FP16_LEAST:
-            self.record.training = False
             raise Diverged(
                 "fp16: no gradient was finite for many steps, however small the loss was scaled; "
                 "take --precision bf16 or fp32, or lower --lr",
-                self.seen[-1][0],
+                last_step,
             )
-        values = torch.stack([v for *_, v in self.seen])
+        values = torch.stack([v for *_, v in self._seen])
         values = (mean(values) if together else values).tolist()
-        for (step, lr, _), (loss, norm) in zip(self.seen, values, strict=True):
-            if not math.isfinite(loss + norm):
-                self.seen, self.record.training = [], False
+        for (step, lr, _), (loss, norm) in zip(self._seen, values, strict=True):
             check_finite(loss, step, lr, norm)
         if together:
-            self.seen = []
+            self._seen = []
 
-    def save(self, done, **state):
-        """After each step, `done` counting it: save if due, with `state` in the checkpoint; if a
-        signal came, save and end the process."""
-        last, record, stop = done == self.total, self.record, self._stop(done)
-        due = done % (self.per_epoch * self.save_every) == 0
-        if last or stop or due or time.monotonic() - self.saved > self.seconds:
+    def _save(self):
+        last = self.done == self.total
+        stop = self._told_to_stop()
+        due = self.done % self.save_steps == 0
+        if last or stop or due or time.monotonic() - self._saved > self.save_seconds:
             self.check(together=False)
-            content = {"step": done, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
-            content |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            record.save(self.file, self.model.spec | content | state)
-            self.saved = time.monotonic()
-        if last:
-            record.training = False
+            state = {"step": self.done, "total": self.total, "metrics": self.metrics}
+            state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}
+            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)
+            self._saved = time.monotonic()
         if stop:
-            record.leave(f"{record.stop or 'signal'} after step {done}")
+            self.rundir.leave(f"after step {self.done} of {self.total} of {self.stage}")
 
-    def _stop(self, done):
-        """Whether a signal came; the processes agree, for all must stop after the same step."""
+    def _told_to_stop(self):
+        """Whether a signal came. The processes agree: all must stop after the same step."""
         if world() == 1:
-            return self.record.stop is not None
-        if done % AGREE and done != self.total:
+            return self.rundir.signal is not None
+        if self.done % ASK_EVERY and self.done != self.total:
             return False
-        flag = torch.tensor(float(self.record.stop is not None))
-        return bool(summed(flag))
-
-
-def check_finite(loss, step, lr, grad_norm=0.0):
-    """Raise Diverged when the loss or the gradient's norm is NaN or infinite: nothing of it may
-    reach a checkpoint."""
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise Diverged(
-            f"loss {loss} at step {step} (lr {lr:.4g}, gradient norm {float(grad_norm):.4g}): "
-            "stopped; the last checkpoint is from before. Lower --lr, raise --warmup, or --clip",
-            step,
-        )
+        return bool(summed(torch.tensor(float(self.rundir.signal is not None))))

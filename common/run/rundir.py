@@ -1,4 +1,13 @@
-"""The run directory: events, log.jsonl, args.json, the script, checkpoints and their lock."""
+"""The run directory: what a run leaves on disk, and how it is left.
+
+    runs/ct-shapes-wrn10-1-s0/
+        args.json  log.jsonl  ct.py               options, numbers, the script that made them
+        teacher.pt  baseline.pt  last.pt          a checkpoint per network
+        teacher/  baseline/  student/             TensorBoard: a sub-run per network, equal tags
+
+The first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ends a training after its step, with a checkpoint and
+exit status 75 ("try again"). Of several processes only number 0 writes.
+"""
 
 import contextlib
 import json
@@ -11,10 +20,24 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from common.run.checkpoint import load_checkpoint, older, save_checkpoint, versions
 from common.run.device import rank, wait, world
 from common.run.errors import Diverged, UserError
+from common.run.progress import Progress, Remaining
+
+SIGNALS = [s for s in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, s)]
+TRY_AGAIN = 75  # exit status of a run that was told to stop (EX_TEMPFAIL)
+KEEP = 2  # checkpoints of a network while it trains: the newest and the one before
+# What --resume may change. All else decides what the steps so far mean.
+MAY_CHANGE = {
+    "out", "device", "data_dir", "workers", "strict", "compile", "precision", "capture", "seeds",
+    "log_every", "eval_every", "save_every", "save_minutes", "epochs", "steps", "lr", "momentum",
+    "weight_decay", "clip", "warmup", "robust_images", "corrupted_images", "probe_images",
+    "teacher_epochs", "teacher_lr", "teacher_clip", "baseline", "norms", "variants", "lrs",
+    "measure_every",
+}  # fmt: skip
 
 
 class Nothing:
@@ -27,128 +50,135 @@ class Nothing:
         return self
 
 
-LOCKS = {}  # run directory -> its locked file, which the kernel releases when the process ends
-
-
-def lock(folder):
-    """Claim a run directory for this process. Raises UserError where another one has it."""
-    with contextlib.suppress(ImportError):  # no fcntl, no lock: Windows
-        import fcntl
-
-        if folder.resolve() in LOCKS:
-            return
-        file = open(folder / ".lock", "w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(
-                f"{folder}: another process is training in it; wait for it or choose another --out"
-            ) from None
-        LOCKS[folder.resolve()] = file
-
-
-def open_log(path):
-    """log.jsonl for appending, without the torn line that a kill may have left at its end."""
-    text = path.read_bytes() if path.exists() else b""
-    end = text.rfind(b"\n") + 1
-    if end < len(text):
-        os.truncate(path, end)
-    return open(path, "a")
-
-
-class Run:
-    """A run directory: one TensorBoard event file, log.jsonl, args.json, the script's source.
-
-    args: the script's options (needs .out .overwrite .resume .seed .dataset .arch).
-    script: the script's __file__; its name is the name of the method.
-    hparam_metrics: tags shown in TensorBoard's HPARAMS tab; `close(metrics)` fills them.
-    Of several processes only number 0 writes; `resumed` says whether a run was there to go on with.
+class RunDir:
+    """args: the script's options (needs out, overwrite, resume, seed, dataset, arch).
+    script: the script's __file__; its name is the method's. last: the network whose checkpoint is
+    last.pt; the others are <stage>.pt. results: names of the final numbers, for HPARAMS.
     """
 
-    current = None  # the run that a signal concerns
-    again = None  # the command that goes on, where it is not --resume with the run's directory
-
-    def __init__(self, args, script, hparam_metrics=()):
-        self.script = script
-        self.method = Path(script).stem
-        name = f"{self.method}-{args.dataset}-{args.arch}-s{args.seed}"
-        self.dir = Path(args.out or Path("runs") / name)
-        self.options = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
-        self.resumed, self.training, self.stop = bool(args.resume), False, None
+    def __init__(self, args, script, precision=None, last=None, results=()):
+        self.script = Path(script)
+        self.method = self.script.stem
+        self.last = last
+        self.results = results
+        self.dir = Path(args.out or default_name(args, self.method)).expanduser()
+        hidden = ("resume", "overwrite", "differs")
+        self.options = {k: v for k, v in vars(args).items() if k not in hidden}
+        self.differs = dict(getattr(args, "differs", {}))
+        self.resumed = bool(args.resume)
         if args.resume == "auto":
             self.resumed = (self.dir / "args.json").is_file()
+        self.signal = None
+        self.training = False
+        self.progress = Progress()
+        self.remaining = Remaining()
+        self._writers = {}
+        self._steps = {}
+        self._log = self._lock = None
         batch = self.options.get("batch_size", 0)
         if batch % world():
             raise UserError(
                 f"--batch-size {batch}: does not divide among {world()} processes; it is the size "
                 "of the global batch"
             )
-        self.writer = Nothing()
         if rank() == 0:
             try:
-                self._create(args.overwrite, hparam_metrics)
+                self._create(args.overwrite)
             except OSError as error:
                 raise UserError(
                     f"cannot write the run directory {self.dir}: {error.strerror}"
                 ) from None
         wait()
-        self._tty = sys.stderr.isatty()
-        self._began = self._shown = time.perf_counter()
-        self._first = None
-        Run.current = self
+        self._began = time.perf_counter()
+        self._handlers = {}
+        for name in SIGNALS:
+            with contextlib.suppress(ValueError):  # not the main thread: no signals here
+                number = getattr(signal, name)
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        shown = (
+            [args.arch, f"precision {precision.name} on {precision.device}"] if precision else []
+        )
+        print(f"{self.method}: {', '.join([args.dataset, *shown])}")
         print(f"run directory: {self.dir}")
 
-    def _create(self, overwrite, hparam_metrics):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def _create(self, overwrite):
         if not self.resumed and not overwrite and (self.dir / "log.jsonl").exists():
             raise UserError(
                 f"{self.dir} holds a run already: choose another --out, --resume {self.dir} to go "
                 "on with it, or --overwrite to replace it"
             )
         self.dir.mkdir(parents=True, exist_ok=True)
-        lock(self.dir)
+        self._lock = lock(self.dir)
+        if self.resumed:
+            self._check_options()
         old = [*self.dir.glob(".*.pt.*")]  # what a kill left of a checkpoint half written
-        if not self.resumed:
-            old += [*self.dir.glob("events.out.*"), *self.dir.glob("*.pt")] if overwrite else []
+        if not self.resumed and overwrite:
+            old += [*self.dir.glob("*.pt"), *self.dir.glob("**/events.out.*")]
         for file in old:
             file.unlink()
         if not self.resumed:
             (self.dir / "log.jsonl").unlink(missing_ok=True)
-            source = Path(self.script)
-            (self.dir / source.name).write_text(source.read_text())
+            (self.dir / self.script.name).write_bytes(self.script.read_bytes())
             self.keep_options()
         self._log = open_log(self.dir / "log.jsonl")
-        self.writer = SummaryWriter(str(self.dir), flush_secs=10)
-        if not self.resumed:
-            self._hparams(hparam_metrics)
         event = "resume" if self.resumed else "start"
-        self.record(event=event, command=" ".join(sys.argv), **versions())
+        self.log(event=event, command=shlex.join(sys.argv), **versions())
+
+    def _check_options(self):
+        """UserError where --resume changes what the steps so far were made with."""
+        saved = read_options(self.dir)
+        if saved.get("method", self.method) != self.method:
+            raise UserError(f"--resume {self.dir}: is a run of {saved['method']}.py")
+        for key, old in saved.items():
+            new = json.loads(json.dumps(self.options.get(key, old)))
+            if key not in MAY_CHANGE and new != old:
+                raise UserError(
+                    f"--resume {self.dir}: its --{key.replace('_', '-')} is {old}, not {new}; "
+                    "leave the option out, or begin another run"
+                )
 
     def keep_options(self):
-        """Write the options to go on with: at the start, and of a resumed run, whose options may
-        have changed, as soon as its checkpoint has turned out to fit them."""
-        (self.dir / ".args.json").write_text(json.dumps(self.options, indent=1) + "\n")
+        """Write the options to go on with. A resumed run does so once its checkpoint fits them."""
+        text = json.dumps({"method": self.method, **self.options}, indent=1)
+        (self.dir / ".args.json").write_text(text + "\n")
         os.replace(self.dir / ".args.json", self.dir / "args.json")
 
-    def _hparams(self, names):
-        """Options as a table (TEXT) and in HPARAMS, within this event file: `add_hparams` would
-        open a second run directory."""
+    # --- numbers --------------------------------------------------------------------------------
+
+    def writer(self, stage):
+        """TensorBoard's writer of one network; it begins with the options."""
+        if rank():
+            return Nothing()
+        if stage not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            fresh = not (self.dir / stage).is_dir()
+            self._writers[stage] = SummaryWriter(str(self.dir / stage), flush_secs=10)
+            if fresh:
+                self._write_options(stage)
+        return self._writers[stage]
+
+    def _write_options(self, stage):
+        """All options as a table (TEXT); those that differ from the default in HPARAMS."""
         from torch.utils.tensorboard.summary import hparams
 
+        writer = self._writers[stage]
         rows = "\n".join(f"| {k} | {v} |" for k, v in sorted(self.options.items()))
-        self.writer.add_text("arguments", f"| option | value |\n|---|---|\n{rows}")
-        simple = {k: v for k, v in self.options.items() if isinstance(v, (bool, int, float, str))}
-        for summary in hparams(simple, dict.fromkeys(names, math.nan)):
-            self.writer.file_writer.add_summary(summary)
+        writer.add_text("arguments", f"| option | value |\n|---|---|\n{rows}")
+        first = {"network": stage, **self.differs}
+        first |= {k: self.options[k] for k in ("dataset", "arch", "seed") if k in self.options}
+        simple = {k: v for k, v in first.items() if isinstance(v, (bool, int, float, str))}
+        for summary in hparams(simple, {f"final/{name}": math.nan for name in self.results}):
+            writer.file_writer.add_summary(summary)
 
-    def scalars(self, step, values):
-        """Write {tag: number or 0-d tensor}; a tensor on the GPU makes this a sync point."""
+    def scalars(self, stage, step, values):
+        """Write {tag: number} at a step of a network."""
+        self._steps[stage] = step
         for tag, value in values.items():
-            self.writer.add_scalar(tag, float(value), step)
+            if value is not None:
+                self.writer(stage).add_scalar(tag, float(value), step)
 
-    def record(self, **fields):
+    def log(self, **fields):
         """Append one JSON line to log.jsonl, flushed."""
         if rank():
             return
@@ -158,36 +188,78 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.dir}/log.jsonl: {error.strerror}") from None
 
-    def progress(self, step, total, text="", done=False):
-        """One line on a terminal, rewritten five times a second; in a pipe only `done` prints."""
-        now = time.perf_counter()
-        if self._first is None or step <= self._first[0]:
-            self._first = (step, now)
-        if rank() or (not done and (not self._tty or now - self._shown < 0.2)):
-            return
-        self._shown = now
-        seconds = (now - self._first[1]) / max(step - self._first[0], 1) * (total - step)
-        eta = f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-        line = f"step {step}/{total}  {text}  eta {eta}"
-        if self._tty:
-            print("\r\033[K" + line, end="\n" if done else "", file=sys.stderr, flush=True)
-        else:
-            print(line, flush=True)
+    def plan(self, **epochs):
+        """Say how long each network trains, 0 for one that does not, for the time that is left."""
+        self.remaining.plan = epochs
 
-    def save(self, name, checkpoint):
-        """Write a checkpoint of this run under its directory. Raises Diverged instead of writing
-        weights or an optimizer that are not finite."""
+    def begin(self, stage, start, total, per_epoch):
+        """A training begins, or goes on from step `start`."""
+        self.training = start < total
+        self._steps[stage] = start
+        self.remaining.begin(stage, start, total, per_epoch)
+        if start and self.training:
+            self.progress.line(f"going on: {stage} from step {start} of {total}")
+
+    def end(self, stage):
+        self.training = False
+        self.remaining.end(stage)
+        if not rank():
+            for age in range(1, KEEP):
+                older(self.dir / self.file(stage), age).unlink(missing_ok=True)
+
+    def moving(self, stage, done, text):
+        self.progress.moving(f"{stage}  {text}{self.remaining.text(done)}")
+
+    def line(self, stage, done, text):
+        self.progress.line(f"{stage}  {text}{self.remaining.text(done)}")
+
+    def close(self, final):
+        """Record the final numbers {"<name>/<stage>": value} and close the files."""
+        for key, value in final.items():
+            name, _, stage = key.partition("/")
+            if stage in self._writers or (self.dir / stage).is_dir():
+                self.writer(stage).add_scalar(f"final/{name}", value, self._steps.get(stage, 0))
+        seconds = round(time.perf_counter() - self._began, 1)
+        self.log(event="end", seconds=seconds, **final)
+        self._end()
+
+    def _end(self):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        self.progress.clear()
+        for writer in self._writers.values():
+            writer.close()
+        for file in (self._log, self._lock):
+            if file:
+                file.close()
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def file(self, stage):
+        return "last.pt" if stage == self.last else f"{stage}.pt"
+
+    def best_file(self, stage):
+        return "best.pt" if stage == self.last else f"{stage}-best.pt"
+
+    def save(self, name, state):
+        """Write a checkpoint. Raises Diverged instead of writing numbers that are not finite."""
         if rank():
             return
-        states = checkpoint.get("optimizer", {}).get("state", {}).values()
-        values = [*checkpoint["model"].values(), *(v for state in states for v in state.values())]
-        values = [v.isfinite().all() for v in values if isinstance(v, torch.Tensor)]
-        if values and not torch.stack([v.cpu() for v in values]).all():
-            step = checkpoint.get("step")
+        states = state.get("optimizer", {}).get("state", {}).values()
+        values = [*state["model"].values(), *(v for own in states for v in own.values())]
+        finite = [v.isfinite().all() for v in values if isinstance(v, torch.Tensor)]
+        if finite and not torch.stack([v.cpu() for v in finite]).all():
+            step = state.get("step")
             raise Diverged(f"{name}: weights not finite after {step} steps; not written", step)
         extra = {"method": self.method, "args": self.options, "versions": versions()}
-        save_checkpoint(self.dir / name, {**extra, **checkpoint}, self.options.get("keep", 1))
-        self.writer.flush()
+        extra["dataset"] = self.options["dataset"]
+        save_checkpoint(self.dir / name, {**extra, **state}, KEEP)
+        for writer in self._writers.values():
+            writer.flush()
+
+    def save_best(self, stage, state):
+        self.save(self.best_file(stage), {"stage": stage, **state})
 
     def newest(self, name, device):
         """(file name, content) of the newest checkpoint `name` that loads; (None, None) where none
@@ -203,41 +275,114 @@ class Run:
             raise UserError(f"{path}: no older one loads either; delete them to begin {name} anew")
         return None, None
 
-    def leave(self, reason):
-        """End the process with status 0 and a line that tells how to go on."""
-        start = "torchrun ..." if world() > 1 else "python"
-        command = shlex.join(map(str, self.again or [sys.argv[0], "--resume", self.dir]))
-        print(f"{reason}: stopped; go on with {start} {command}", flush=True)
-        self.record(event="stop", reason=reason)
-        self._end()
-        sys.exit(0)
-
-    def close(self, metrics, step=0):
-        """Record the final metrics {tag: number} and close the files."""
-        self.scalars(step, metrics)
-        seconds = round(time.perf_counter() - self._began, 1)
-        self.record(event="end", seconds=seconds, **metrics)
-        self._end()
-
-    def _end(self):
-        Run.current = None
-        self.writer.close()
+    def restore(self, stage, model, optimizer, scaler):
+        """The newest checkpoint's state, loaded into model and optimizer; {} without one."""
+        device = next(model.parameters()).device
+        name = state = None
+        if rank() == 0 and self.resumed:
+            name, state = self.newest(self.file(stage), device)
+        if world() > 1:
+            names = [name]
+            dist.broadcast_object_list(names)
+            name = names[0]
+            if rank() and name:
+                state = load_checkpoint(self.dir / name, device)
+        if not state:
+            return {}
+        own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            for group, options in zip(optimizer.param_groups, own, strict=True):
+                group.update(options)  # they may have been changed for the rest of the run
+            if state.get("scaler"):
+                scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0][:100]
+            path = self.dir / name
+            raise UserError(f"{path}: does not fit these options ({reason})") from None
         if rank() == 0:
-            self._log.close()
-            if held := LOCKS.pop(self.dir.resolve(), None):
-                held.close()
+            self.keep_options()
+        return state
 
+    # --- leaving --------------------------------------------------------------------------------
 
-def on_signal(number, frame):
-    """Within a training loop, ask it to stop after its step; outside of one all is saved."""
-    name, record = signal.Signals(number).name, Run.current
-    if record and record.training:
-        if record.stop and number == signal.SIGINT:
+    def _on_signal(self, number, frame):
+        """While a network trains, ask its loop to stop after the step; else all is saved."""
+        name = signal.Signals(number).name
+        if not self.training:
+            self.signal = name
+            self.leave("between trainings")
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C
-        record.stop = name
-    elif record:
-        record.leave(name)
-    elif number == signal.SIGINT:
-        raise KeyboardInterrupt
-    else:
-        sys.exit(128 + number)
+        self.signal = name
+
+    def leave(self, where):
+        """End the process with status 75 and a line that tells how to go on."""
+        reason = self.signal or "signal"
+        self.log(event="stop", reason=f"{reason} {where}")
+        self._end()
+        print(f"\n{reason}: stopped {where}; go on with\n  {command_to_resume()}", flush=True)
+        sys.exit(TRY_AGAIN if world() == 1 else 0)  # torchrun would take 75 for a failure
+
+
+def default_name(args, method):
+    """runs/<script>-<data>-<arch>-<options that differ from the default>-s<seed>."""
+    hidden = ("dataset", "arch", "seed", "seeds")
+    words = [f"{k.replace('_', '-')}-{text(v)}" for k, v in args.differs.items() if k not in hidden]
+    return Path("runs") / "-".join([method, args.dataset, args.arch, *words, f"s{args.seed}"])
+
+
+def text(value):
+    """A value as part of a file name."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(text, value))
+    return "".join(c if c.isalnum() or c in "._+" else "_" for c in str(value))[:40]
+
+
+def command_to_resume():
+    """The command line that goes on with this run, from any directory."""
+    words = [w for w in sys.argv[1:] if w != "--overwrite"]
+    if "--resume" not in words:
+        words += ["--resume", "auto"]
+    start = ["torchrun", "..."] if world() > 1 else ["python"]
+    command = shlex.join([*start, os.path.abspath(sys.argv[0]), *words])
+    return f"cd {shlex.quote(os.getcwd())} && {command}"
+
+
+def read_options(folder):
+    """The options of a run directory, from args.json."""
+    file = Path(folder) / "args.json"
+    if not file.is_file():
+        raise UserError(f"--resume {folder}: no args.json there, so it is no run directory")
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file}: not JSON; give the options and --overwrite") from None
+
+
+def lock(folder):
+    """A locked file, which the kernel releases when the process ends: one process to a run
+    directory. Raises UserError where another one has it; None where files cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"{folder}: another process is training in it; wait for it or choose another --out"
+        ) from None
+    return file
+
+
+def open_log(path):
+    """log.jsonl for appending, without the torn line that a kill may have left at its end."""
+    content = path.read_bytes() if path.exists() else b""
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+    return open(path, "a")

@@ -1,0 +1,104 @@
+"""What a run prints while it trains: a moving line on a terminal, and lines that stay."""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+
+from common.run.device import rank
+
+
+class Lasting:
+    """A text stream that outlives its reader. `| head`, a closed terminal or a full device never
+    end a run: what cannot be written is dropped, and so is all that follows."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            self._drop()
+            return len(text)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self):
+        with contextlib.suppress(Exception):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def clock(seconds):
+    """h:mm:ss of a number of seconds."""
+    seconds = int(seconds)
+    return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class Progress:
+    """The moving line goes to stderr of a terminal, at most five times a second and cut to its
+    width. Lines that stay go to stdout, so that `| tee log` keeps them."""
+
+    def __init__(self):
+        self._moves = sys.stderr.isatty() and not rank()
+        self._shown = 0.0
+        self._open = False
+
+    def moving(self, text):
+        now = time.monotonic()
+        if not self._moves or now - self._shown < 0.2:
+            return
+        self._shown = now
+        self._open = True
+        width = shutil.get_terminal_size().columns - 1
+        print("\r\033[K" + text[:width], end="", file=sys.stderr, flush=True)
+
+    def line(self, text):
+        self.clear()
+        if not rank():
+            print(text, flush=True)
+
+    def clear(self):
+        """Remove the moving line, so that what follows stands at the start of its own."""
+        if self._open:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._open = False
+
+
+class Remaining:
+    """Seconds that a job still takes, from the epochs of its stages and the speed of this one.
+
+    plan: {stage: epochs}, in order; a stage that is not in it counts by itself.
+    """
+
+    def __init__(self):
+        self.plan = {}
+
+    def begin(self, stage, done, total, per_epoch):
+        self._stage = stage
+        self._first = (done, time.monotonic())
+        self._total = total
+        self._per_epoch = per_epoch
+
+    def end(self, stage):
+        self.plan.pop(stage, None)
+
+    def text(self, done):
+        first, began = self._first
+        if done <= first:
+            return ""
+        later = sum(epochs for stage, epochs in self.plan.items() if stage != self._stage)
+        steps = self._total - done + later * self._per_epoch
+        return f"  eta {clock((time.monotonic() - began) / (done - first) * steps)}"

@@ -1,0 +1,46 @@
+"""One script run several times, for seeds or left-out domains, with one table at the end."""
+
+import statistics
+from pathlib import Path
+
+from common.run.cli import changed
+from common.run.results import table
+from common.run.rundir import default_name
+
+
+def repeat(main, args, parts):
+    """main() for each {name: changed options}, in <out>/<name>. Returns {name: its numbers}.
+
+    A part that was begun goes on, and a finished one is evaluated again, where args.resume is set.
+    """
+    script = Path(main.__globals__["__file__"]).stem
+    root = Path(args.out or default_name(args, script)).expanduser()
+    found = {}
+    for name, change in parts.items():
+        out = root / name
+        resume = str(out) if args.resume and (out / "args.json").is_file() else None
+        found[name] = main(changed(args, out=str(out), resume=resume, **change))
+    return found
+
+
+def each_seed(main, args):
+    """`main` for --seeds seeds from --seed on, then a table of mean +- standard deviation.
+
+    Returns {"<metric>/<network>/s<seed>": value}."""
+    seeds = range(args.seed, args.seed + args.seeds)
+    parts = {f"s{seed}": {"seed": seed, "seeds": 1} for seed in seeds}
+    found = repeat(main, args, parts)
+    first = next(iter(found.values()))
+    metrics = list(dict.fromkeys(key.partition("/")[0] for key in first))
+    networks = list(dict.fromkeys(key.partition("/")[2] for key in first))
+    rows = []
+    for network in networks:
+        row = [network]
+        for metric in metrics:
+            values = [final.get(f"{metric}/{network}") for final in found.values()]
+            values = [v for v in values if v is not None]
+            spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            row.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
+        rows.append(row)
+    print(f"\n{table(rows, [f'mean +- sd of {args.seeds} seeds', *metrics])}")
+    return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
