@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from common import attacks, autoattack, data, folders, models, run, trees
+from common import attacks, data, folders, models, run, trees
 
 # --- options ------------------------------------------------------------------------------------
 
@@ -154,8 +154,9 @@ def check_options(args):
 # --- method -------------------------------------------------------------------------------------
 
 
-def perturb(model, x, y, args, precision, step):
+def perturb(model, x, y, args, precision, step, graphs=None):
     """(x_adv, {zero_grad, loss}): PGD on images x (N,3,H,W) whose start is a function of the step.
+    graphs: an attacks.Graphs, for --capture.
 
     TRADES (Zhang et al. 2019) instead climbs KL(f(x) || f(x_adv)) from x + 0.001 N(0,1).
     """
@@ -171,7 +172,7 @@ def perturb(model, x, y, args, precision, step):
     noise = noise[run.rows(len(noise))]
     return attacks.pgd(
         model, x, y, args.eps, args.alpha, args.attack_steps, args.attack_norm, loss, noise=noise,
-        precision=precision, mode=args.attack_mode, capture=args.capture, check=False,
+        precision=precision, mode=args.attack_mode, capture=graphs, check=False,
         return_stats=True,
     )  # fmt: skip
 
@@ -314,7 +315,7 @@ def lr_at(step, total, peak, warmup):
 
 
 def robust_error(model, images, attack, args, precision, statistics="adversarial"):
-    """Error (%) under an attack of common/autoattack.py, from fixed starts, judged in fp32."""
+    """Error (%) under an attack of common/attacks, from fixed starts, judged in fp32."""
     models.use_statistics(model, statistics)
     wrong, size = 0, min(250, -(-len(images.y) // run.world()))
     for i, (x, y) in enumerate(zip(images.x.split(size), images.y.split(size), strict=True)):
@@ -322,7 +323,7 @@ def robust_error(model, images, attack, args, precision, statistics="adversarial
             right = run.predict(model, x).argmax(1) == y
             x, y, index = run.to_float(x)[right], y[right], size * i + right.nonzero()[:, 0]
             settings = args.eps, args.attack_norm, 0, index, precision
-            _, fooled, _ = autoattack.attack(model, x, y, attack, *settings)
+            _, fooled, _ = attacks.attack(model, x, y, attack, *settings)
             wrong += (~right).sum().item() + fooled.sum().item()
     models.use_statistics(model, "adversarial")
     return 100 * run.summed(torch.tensor(wrong)).item() / len(images.y)
@@ -354,6 +355,7 @@ def train(model, args, batches, held_out, selects, record, precision):
     metrics, best = guard.state.get("metrics", {}), guard.state.get("best", -1.0)
     probe = held_out.take(slice(0, args.probe_images))
     names = [s for s in args.streams if s != "adv" or attacked]
+    graphs = attacks.Graphs() if args.capture else None
     sums, count, clock = torch.zeros(len(names) + 5, device=device), 0, time.perf_counter()
     for step in range(guard.start, total):
         model.train()
@@ -371,7 +373,8 @@ def train(model, args, batches, held_out, selects, record, precision):
         stats = {"zero_grad": torch.zeros((), device=device)}
         if attacked:
             x, y = images["clean"], labels["clean"]
-            (images["adv"], stats), labels["adv"] = perturb(model, x, y, args, precision, step), y
+            images["adv"], stats = perturb(model, x, y, args, precision, step, graphs)
+            labels["adv"] = y
         logits = forward(guard.net, {k: images[k] for k in names}, args, precision)
         loss, terms = objective(logits, labels, args)
         optimizer.zero_grad(set_to_none=True)

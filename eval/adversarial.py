@@ -5,7 +5,7 @@
     python eval/adversarial.py runs/a/last.pt --attacks sweep --norm l2 --eps 128
     python eval/adversarial.py resnet20.th --arch resnet20 --dataset cifar10 --mean ... --std ...
 
---attacks: names of common/autoattack.py with steps (or queries) at the end, "pgd-20"; each attacks
+--attacks: names of common/attacks with steps (or queries) at the end, "pgd-20"; each attacks
 every image that the network classifies correctly. "standard" is AutoAttack: apgd-ce, apgd-t, fab-t
 and square, each on what the one before left standing (apgd-t needs 4 classes). "sweep" is pgd-20,
 pgd-50 and pgd-100, all with the step of pgd-20: by itself pgd-100 takes a fifth of it and comes no
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import attacks, autoattack, data, models, run
+from common import attacks, data, models, run
 
 SWEEP = ("pgd-20", "pgd-50", "pgd-100")
 WORST = "worst of all"
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--data-dir", default="data")
     parser.add_argument(
         "--attacks", type=attack_names, default="standard", metavar="A,B",
-        help=f"standard, sweep, {', '.join(autoattack.STEPS)}; steps as in pgd-20",
+        help=f"standard, sweep, {', '.join(attacks.STEPS)}; steps as in pgd-20",
     )  # fmt: skip
     parser.add_argument("--norm", default="linf", choices=["linf", "l2"])
     parser.add_argument("--eps", type=float, help="radius in 1/255 (default: linf 8, l2 128)")
@@ -74,13 +74,13 @@ def attack_names(text):
     plan = []
     for name in text.split(","):
         if name == "standard":
-            for part in autoattack.STANDARD:
-                plan.append((f"AutoAttack: {part}", part, part != autoattack.STANDARD[0]))
+            for part in attacks.STANDARD:
+                plan.append((f"AutoAttack: {part}", part, part != attacks.STANDARD[0]))
             continue
         if name == "sweep":
             plan += [(f"sweep: {part}", part, False) for part in SWEEP]
             continue
-        autoattack.parse(name)
+        attacks.parse(name)
         plan.append((name, name, False))
     titles = [title for title, _, _ in plan]
     for title in titles:
@@ -176,7 +176,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
     found {row title: (positions, images)}, flags, correct)."""
     lead = torch.cat(
         [
-            autoattack.judge(model, part.to(device), labels.to(device))[0].cpu()
+            attacks.judge(model, part.to(device), labels.to(device))[0].cpu()
             for part, labels in zip(x.split(args.batch_size), y.split(args.batch_size), strict=True)
         ]
     )
@@ -191,7 +191,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
         zero = lost = broken = seconds = 0
         alpha = args.alpha
         if row.startswith("sweep") and alpha is None:
-            alpha = attacks.default_alpha(args.eps, autoattack.parse(SWEEP[0])[1])
+            alpha = attacks.default_alpha(args.eps, attacks.parse(SWEEP[0])[1])
         positions, images = [], []
         batches = todo.split(args.batch_size) if len(todo) else []
         progress = Progress(f"{title}, {row}", len(batches))
@@ -199,7 +199,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
             key, progress.batch = f"{number}-{k}-{b}", b
             if b % run.world() == run.rank() and state.get(key) is None:
                 began = time.perf_counter()
-                adv, fooled, more = autoattack.attack(
+                adv, fooled, more = attacks.attack(
                     model, x[part].to(device), y[part].to(device), name, args.eps, args.norm,
                     args.seed, rows[part], precision, alpha, progress.show,
                 )  # fmt: skip
@@ -275,7 +275,7 @@ def compare_rows(plan, accuracy):
         before = accuracy[row]
     kinds = {}
     for row, name, _ in plan:
-        kind, steps = autoattack.parse(name)
+        kind, steps, _ = attacks.parse(name)
         if kind != "square" and not row.startswith("AutoAttack"):
             kinds.setdefault(row.removesuffix(name) + kind, []).append((steps, accuracy[row]))
     for kind, points in kinds.items():
@@ -299,8 +299,8 @@ def verify(model, x, y, found, accuracy, correct, args, device, title):
         for part, adv in zip(positions.split(size), images.split(size), strict=True):
             if not len(part):
                 continue
-            lead.append(autoattack.judge(model, adv.to(device), y[part].to(device))[0].cpu())
-            far = autoattack.distance(adv, run.to_float(x[part]).float(), args.norm)
+            lead.append(attacks.judge(model, adv.to(device), y[part].to(device))[0].cpu())
+            far = attacks.distance(adv, run.to_float(x[part]).float(), args.norm)
             largest, nans = max(largest, far.max().item()), nans + int(adv.isnan().sum())
             low, high = min(low, adv.min().item()), max(high, adv.max().item())
         leads[row] = torch.cat(lead) if lead else torch.zeros(0)
@@ -337,7 +337,7 @@ def check_plan(args, networks, x):
     """Raise UserError for an attack that these networks or images do not admit, before any runs."""
     classes = networks[0][1].spec["num_classes"]
     for row, name, _ in args.attacks:
-        needed = {"apgd-dlr": 3, "apgd-t": 4}.get(autoattack.parse(name)[0], 2)
+        needed = attacks.CLASSES.get(attacks.parse(name)[0], 2)
         if classes < needed:
             raise run.UserError(
                 f"--attacks, {row}: its loss needs {needed} classes, here are {classes}: take "

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import attacks, autoattack, data, models, run
+from common import attacks, data, models, run
 
 MEASURES = ("gradient", "lipschitz", "surface", "margin", "logits", "hessian")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -107,13 +107,13 @@ def lipschitz(net, x, eps, steps, seed, index, stages=4):
     best = torch.zeros(len(x), device=x.device)
     for stage in range(stages):  # balls of eps, eps/2, ...: the slope may be steepest near x
         radius = eps / 2**stage
-        noise = autoattack.start_noise(x, "linf", seed, index, "lipschitz", stage)
+        noise = attacks.start_noise(x, "linf", seed, index, "lipschitz", stage)
         adv = attacks.pgd(
             net, x, clean, radius, steps=max(1, steps // stages), loss=logit_distance, noise=noise
         )
         with torch.no_grad():
             rise = logit_distance(net(adv), clean, None)
-        far = 255 * autoattack.distance(adv, x, "linf").float()
+        far = 255 * attacks.distance(adv, x, "linf").float()
         best = torch.maximum(best, torch.where(far > 0, rise / far.clamp(min=1e-12), 0))
     return best
 
@@ -142,28 +142,28 @@ def logit_margin(net, x, y):
 
 def decision_margin(model, x, y, steps, targets, halvings=12):
     """Linf distance (N,) in 1/255 to the nearest misclassified point found; infinity where none."""
-    right = (autoattack.judge(model, x, y)[0] <= 0).nonzero()[:, 0]
+    right = (attacks.judge(model, x, y)[0] <= 0).nonzero()[:, 0]
     margin = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if not len(right):
         return margin
     x, y = x[right], y[right]
     best, nearest = torch.full_like(margin[right], torch.inf), x.clone()
-    with autoattack.victim(model, x) as net, attacks.prepared(net.plan, net.dtype):
+    with attacks.victim(model, x) as net:
         count = min(targets, net.classes - 1)
         order = attacks.without(net.logits(x), y).topk(count, dim=1).indices
         for k in range(count):
-            adv, far = autoattack.fab(net, x, y, None, "linf", steps, order[:, k])
+            adv, far = attacks.fab(net, x, y, None, "linf", steps, order[:, k])
             closer = far < best
             best = torch.where(closer, far, best)
-            nearest = torch.where(autoattack.per_image(closer, x), adv, nearest)
+            nearest = torch.where(attacks.per_image(closer, x), adv, nearest)
         low, high = torch.zeros_like(best).float(), torch.ones_like(best).float()
         for _ in range(halvings):  # the share of the way at which the decision changes
             middle = (low + high) / 2
-            point = x + autoattack.per_image(middle, x) * (nearest - x)
+            point = x + attacks.per_image(middle, x) * (nearest - x)
             wrong = net.fooled(net.logits(point), y)
             low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
-        point = x + autoattack.per_image(high, x) * (nearest - x)
-        found = 255 * autoattack.distance(point, x, "linf")
+        point = x + attacks.per_image(high, x) * (nearest - x)
+        found = 255 * attacks.distance(point, x, "linf")
     margin[right] = torch.where(best.isfinite(), found, best)
     return margin
 
@@ -225,7 +225,7 @@ def image_hessian(net, x, y, iterations, seed, index):
     def dot(a, b):
         return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
-    start = autoattack.draw(torch.randn, x.shape[1:], seed, index, "hessian")
+    start = attacks.draw(torch.randn, x.shape[1:], seed, index, "hessian")
     return power_iteration(multiply, start, iterations, dot).flatten()
 
 

@@ -231,7 +231,7 @@ def time_attacks(args, device):
     """Milliseconds of one attack on one batch: eps 8/255, an untrained network in eval mode. Every
     library gets the same network and images; torchattacks and foolbox know fp32 only."""
     x, y = shapes.make(args.batch_size, device=device)
-    x = x.float().div_(255)
+    x = run.to_float(x)
     model = models.build(args.arch, args.norm, 10).to(device).eval()
     fast = copy.deepcopy(model).to(memory_format=torch.channels_last).requires_grad_(False)
     fast_x = x.contiguous(memory_format=torch.channels_last)
@@ -242,7 +242,8 @@ def time_attacks(args, device):
     calls = {f"pgd {low.name}": functools.partial(ours, precision=low), "pgd fp32": ours}
     if device.type == "cuda":
         name = f"pgd {low.name}, captured"
-        calls = {name: functools.partial(ours, precision=low, capture=True), **calls}
+        graphs = attacks.Graphs()
+        calls = {name: functools.partial(ours, precision=low, capture=graphs), **calls}
     calls[f"written out {low.name}"] = functools.partial(written, low)
     calls["written out fp32"] = functools.partial(written, fp32)
     calls |= other_libraries(model, x, y, eps, alpha, args.steps)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import attacks, models, run
-from common.attacks import pgd, unit_noise
+from common.attacks import fastnet, pgd, unit_noise
+from common.attacks.pgd import L2
 from common.run import UserError
 
 BF16 = run.Precision("bf16")
@@ -78,10 +79,9 @@ def test_inside_ball_and_box_to_the_last_ulp(norm, eps, precision):
 @pytest.mark.parametrize("eps", [0.5, 128.0, 765.0, 3000.0])
 def test_l2_projection_is_exact_at_imagenet_size(eps):
     x = torch.rand(2, 3, 224, 224).round(decimals=1)
-    ball = attacks.L2(x, eps / 255, eps / 255)
-    adv = torch.empty_like(x)
+    ball = L2(x, eps / 255, eps / 255)
     for scale in (1e-3, 1.0, 30.0):
-        ball.start(adv, scale * torch.randn_like(x))
+        adv = ball.start(scale * torch.randn_like(x))
         assert distance(adv, x, "l2").max().item() <= eps / 255
 
 
@@ -420,8 +420,8 @@ def test_fp16_gradients_are_scaled_out_of_underflow(monkeypatch):
         net[1].bias.copy_(torch.tensor([17.0, 0, 0]))
     x, y = torch.rand(5, 3, 2, 2), torch.zeros(5).long()
     share = {}
-    for scale in (1.0, attacks.FP16_SCALE):
-        monkeypatch.setattr(attacks, "FP16_SCALE", scale)
+    for scale in (1.0, fastnet.FP16_SCALE):
+        monkeypatch.setattr(fastnet, "FP16_SCALE", scale)
         share[scale] = pgd(net, x, y, precision=FP16, return_stats=True)[1]["zero_grad"]
     assert share[1.0] > 0.5 and share[256.0] < 0.1
 
@@ -455,12 +455,12 @@ def test_nan_gradients_do_not_reach_the_images():
 )
 def test_batch_norm_folded_into_convolutions_is_the_same_function(arch, norm, folds):
     net, (x, _) = make_net(arch, norm), make_images()
-    _, plan, layout = attacks.probe(net, x[:1])
+    _, plan, layout = fastnet.probe(net, x[:1])
     assert layout == torch.channels_last
     assert sum(found is not None for found, _ in plan.values()) == folds
     with torch.no_grad():
         expected = net(x)
-        with attacks.prepared(plan, torch.float32):
+        with fastnet.patched(plan, torch.float32):
             assert torch.allclose(net(x), expected, rtol=1e-4, atol=1e-4)
             norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
             assert sum("forward" in vars(m) for m in norms) == folds
@@ -495,11 +495,11 @@ class Odd(nn.Module):
 def test_what_cannot_be_folded_is_not(kind):
     net, (x, _) = Odd(kind).eval(), make_images()
     net.bn.running_mean.normal_()
-    _, plan, _ = attacks.probe(net, x[:1])
+    _, plan, _ = fastnet.probe(net, x[:1])
     assert all(found is None for found, _ in plan.values())
     with torch.no_grad():
         expected = net(x)
-        with attacks.prepared(plan, torch.float32):
+        with fastnet.patched(plan, torch.float32):
             assert torch.allclose(net(x), expected, atol=1e-5)
 
 
@@ -521,7 +521,7 @@ def test_batch_norm_of_a_temporary_is_not_folded():
             return x.mean((2, 3))
 
     net, (x, _) = PreActivation().eval(), make_images()
-    _, plan, _ = attacks.probe(net, x[:1])
+    _, plan, _ = fastnet.probe(net, x[:1])
     assert len(plan) == 20 and not any(norm for norm, _ in plan.values())
 
 

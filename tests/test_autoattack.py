@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import attacks, autoattack, data, models, run, shapes
-from common.autoattack import attack, checkpoints, distance, nearest, parse
+from common import attacks, data, models, run, shapes
+from common.attacks import attack, distance, parse
+from common.attacks.apgd import checkpoints
+from common.attacks.autoattack import towards_each
+from common.attacks.fab import nearest
+from common.attacks.square import bumps, pyramid, side
 from common.run import UserError
 
 BF16 = run.Precision("bf16")
@@ -130,22 +134,22 @@ def test_dlr_by_hand():
 def test_square_side_as_published():
     """p 0.8, halved after 10, 50, 200, 500, 1000, 2000 and 4000 queries, on 32 x 32 pixels."""
     queries = (0, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001)
-    sides = [autoattack.side(q, 32, 32, "linf") for q in queries]
+    sides = [side(q, 32, 32, "linf") for q in queries]
     expected = [0.8, 0.8, 0.4, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625]
     assert sides == [round((p * 1024) ** 0.5) for p in expected]
-    assert all(autoattack.side(q, 32, 32, "l2") % 2 for q in queries)
-    assert autoattack.side(4999, 32, 32, "l2") == 3
-    assert autoattack.side(0, 4, 9, "linf") == 4
+    assert all(side(q, 32, 32, "l2") % 2 for q in queries)
+    assert side(4999, 32, 32, "l2") == 3
+    assert side(0, 4, 9, "linf") == 4
 
 
 @pytest.mark.parametrize("s", [3, 5, 8])
 def test_bumps_by_definition(s):
     """eta of the Square paper: sums of 1/j^2 over nested rectangles, one up, one down."""
-    eta = autoattack.bumps(s)
+    eta = bumps(s)
     assert eta.shape == (2, s, s) and torch.equal(eta[0].T, eta[1])
     assert eta[0].norm().item() == pytest.approx(1, abs=1e-6)
     assert (eta[0][: s // 2] > 0).all() and (eta[0][s // 2 :] < 0).all()
-    bump = autoattack.pyramid(5, 5)
+    bump = pyramid(5, 5)
     assert bump[2, 2].item() == pytest.approx(1 + 1 / 4 + 1 / 9)
     assert bump[0, 4].item() == pytest.approx(1 / 9)
 
@@ -196,10 +200,10 @@ def test_fab_finds_the_closed_form_distance(norm, dual):
         gap = (z.gather(1, y[:, None])[:, 0] - z[:, t]) / (w[t] - w[y]).norm(dual, dim=1)
         exact = torch.where(y == t, exact, torch.minimum(exact, gap))
     found = torch.full((len(x),), torch.inf)
-    with autoattack.victim(net, x) as victim:
+    with attacks.victim(net, x) as victim:
         order = attacks.without(victim.logits(x), y).topk(3, 1).indices
         for k in range(3):
-            adv, size = autoattack.fab(victim, x, y, None, norm, 30, order[:, k])
+            adv, size = attacks.fab(victim, x, y, None, norm, 30, order[:, k])
             near = distance(adv, x, norm)
             assert torch.equal(near[size.isfinite()], size[size.isfinite()])
             assert ((net(adv).argmax(1) != y) == size.isfinite()).all()
@@ -358,8 +362,8 @@ def test_targets_by_the_number_of_logits(classes, targets):
         seen.append(target.clone())
         return x[rows], torch.zeros(len(rows), dtype=torch.bool)
 
-    with autoattack.victim(net, x) as victim:
-        autoattack.towards_each(victim, x, y, attempt)
+    with attacks.victim(net, x) as victim:
+        towards_each(victim, x, y, attempt)
     order = net(x).argsort(1, descending=True)
     assert torch.equal(torch.stack(seen, 1), order[:, 1 : targets + 1])
 
@@ -403,14 +407,14 @@ def test_logits_that_are_nan_are_no_robustness(name):
             return torch.where(clean[:, None], out, torch.full_like(out, torch.nan))
 
     y = torch.zeros(4).long()
-    assert (autoattack.judge(Fragile(), x, y)[0] <= 0).all()
+    assert (attacks.judge(Fragile(), x, y)[0] <= 0).all()
     _, fooled, facts = attack(Fragile(), x, y, name)
     assert fooled.all() and facts["broken"] == 4
 
 
 def test_infinite_logits_decide():
     logits = torch.tensor([[1.0, torch.inf], [torch.inf, 1.0], [torch.inf, torch.inf]])
-    lead, scale = autoattack.lead_of_wrong(logits, torch.zeros(3).long())
+    lead, scale = attacks.lead_of_wrong(logits, torch.zeros(3).long())
     assert lead.tolist() == [torch.inf, -torch.inf, torch.inf] and scale.tolist() == [0, 0, 0]
 
 
@@ -429,7 +433,7 @@ def test_fp16_gradients_do_not_underflow():
         net[1].bias.copy_(torch.tensor([16.0, 0, 0]))
     grads = []
     for precision in (None, run.Precision("fp16")):
-        with autoattack.victim(net, x, precision) as victim:
+        with attacks.victim(net, x, precision) as victim:
             grads.append(victim.gradient(x, attacks.ce_loss, torch.zeros(5).long(), None)[2])
     assert 0 < grads[0].abs().max() < 1e-6
     assert (grads[1] != 0).all()
@@ -440,9 +444,10 @@ def test_fp16_gradients_do_not_underflow():
 
 
 def test_names():
-    assert parse("pgd") == ("pgd", 20) and parse("apgd-ce-7") == ("apgd-ce", 7)
-    assert parse("square") == ("square", 5000) and parse("apgd-t") == ("apgd-t", 100)
-    for name in ("apgd", "pgd-0", "pgd-x", "fgsm-2", "", "square--5"):
+    assert parse("pgd") == ("pgd", 20, 1) and parse("apgd-ce-7") == ("apgd-ce", 7, 1)
+    assert parse("square") == ("square", 5000, 1) and parse("apgd-t") == ("apgd-t", 100, 1)
+    assert parse("pgd-50-10") == ("pgd", 50, 10) and parse("pgd-t-5") == ("pgd-t", 5, 1)
+    for name in ("apgd", "pgd-0", "pgd-5-0", "pgd-x", "fgsm-2", "fgsm-1", "", "square--5"):
         with pytest.raises(UserError, match="there is no attack"):
             parse(name)
 
@@ -513,12 +518,12 @@ def test_agrees_with_other_implementations(oracle, norm, eps, shared, cifar10_di
     models.load_foreign(model, state)
     test = data.load("cifar10", cifar10_dir).test
     x, y = test.x[:IMAGES].float() / 255, test.y[:IMAGES]
-    right = autoattack.judge(model, x, y)[0] <= 0
+    right = attacks.judge(model, x, y)[0] <= 0
     x, y = x[right], y[right]
     others = ("fab-t", "square") if oracle is reference else ()
     for name in ("apgd-ce", "apgd-dlr", "apgd-t", *others):
         radius = eps * (4 if name == "square" else 1)  # where more than a few fall
         theirs = oracle(model, x, y, name, radius, norm)
-        fooled = autoattack.judge(model, theirs, y)[0] > 0
+        fooled = attacks.judge(model, theirs, y)[0] > 0
         ours = attack(model, x, y, name, radius, norm)[1]
         assert abs(int(ours.sum()) - int(fooled.sum())) <= 0.005 * IMAGES, name

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import autoattack, data, models, run
+from common import attacks, data, models, run
 from common.run import UserError
 
 SCRIPT = run.ROOT / "eval" / "adversarial.py"
@@ -92,7 +92,7 @@ def test_rows_are_those_of_the_attacks(folder, capsys):
     assert entry["accuracy"]["clean"] == 100 * len(right) / 16 == 87.5
     robust = torch.ones(len(right), dtype=torch.bool)
     for name in names:
-        adv, fooled, _ = autoattack.attack(model, x[right], y[right], name, 0.6, index=right)
+        adv, fooled, _ = attacks.attack(model, x[right], y[right], name, 0.6, index=right)
         assert entry["accuracy"][name] == 100 * int((~fooled).sum()) / 16
         robust &= ~fooled
         saved = run.load_checkpoint(folder / "adv.pt", foreign=True)["networks"]["r"][name]
@@ -112,7 +112,7 @@ def test_rows_are_those_of_the_attacks(folder, capsys):
 def test_standard_is_a_cascade(folder, monkeypatch):
     """The four attacks in order, each on what the one before left standing, with K-1 targets."""
     seen = []
-    original = autoattack.attack
+    original = attacks.attack
 
     def short(model, x, y, name, eps, norm, seed, index, *rest):
         seen.append((name, index.tolist()))
@@ -124,15 +124,15 @@ def test_standard_is_a_cascade(folder, monkeypatch):
         }
         return original(model, x, y, quick[name], eps, norm, seed, index, *rest)
 
-    monkeypatch.setattr(autoattack, "attack", short)
+    monkeypatch.setattr(attacks, "attack", short)
     result = evaluate(folder, "--eps", "0.3", "--batch-size", "5")
     accuracy = result["checkpoints"][0]["accuracy"]
-    rows = [f"AutoAttack: {name}" for name in autoattack.STANDARD]
+    rows = [f"AutoAttack: {name}" for name in attacks.STANDARD]
     assert list(accuracy) == ["clean", *rows, "worst of all"]
     values = [accuracy[row] for row in ["clean", *rows]]
     assert values == sorted(values, reverse=True) and values[0] > values[-1] > 0
     assert accuracy["worst of all"] == values[-1]
-    for k, name in enumerate(autoattack.STANDARD):
+    for k, name in enumerate(attacks.STANDARD):
         asked = [i for n, index in seen if n == name for i in index]
         assert len(asked) == len(set(asked)) == round(values[k] * 16 / 100)
         assert all(len(index) <= 5 for n, index in seen if n == name)
@@ -203,7 +203,7 @@ OPTIONS = ("--attacks", "pgd-2,apgd-ce-4,square-20", "--eps", "0.6", "--batch-si
 
 def interrupt(folder, monkeypatch, after):
     """Evaluate and press Ctrl-C after so many batches."""
-    original, calls = autoattack.attack, [0]
+    original, calls = attacks.attack, [0]
 
     def stopping(*args, **options):
         if calls[0] == after:
@@ -212,7 +212,7 @@ def interrupt(folder, monkeypatch, after):
         return original(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(autoattack, "attack", stopping)
+        patch.setattr(attacks, "attack", stopping)
         with pytest.raises(KeyboardInterrupt):
             evaluate(folder, *OPTIONS)
 
@@ -223,13 +223,13 @@ def test_resume_is_exact(folder, monkeypatch, after):
     whole = without_times(evaluate(folder, *OPTIONS, "--save", folder / "whole.pt"))
     interrupt(folder, monkeypatch, after)
     assert len(list((folder / "out.json.state").glob("*.pt"))) == after
-    original, calls = autoattack.attack, [0]
+    original, calls = attacks.attack, [0]
 
     def counting(*args, **options):
         calls[0] += 1
         return original(*args, **options)
 
-    monkeypatch.setattr(autoattack, "attack", counting)
+    monkeypatch.setattr(attacks, "attack", counting)
     resumed = without_times(evaluate(folder, *OPTIONS, "--resume", "--save", folder / "resumed.pt"))
     assert resumed == whole and calls[0] == 9 - after
     saved = [run.load_checkpoint(folder / f"{n}.pt", foreign=True) for n in ("whole", "resumed")]
@@ -267,25 +267,25 @@ def test_resume_refuses_what_differs(folder, monkeypatch):
 
 def test_images_that_do_not_fool_are_no_table(folder, monkeypatch):
     """An attack that reports success where there is none is found out, and nothing is written."""
-    original = autoattack.attack
+    original = attacks.attack
 
     def boasting(model, x, y, *rest):
         _, fooled, facts = original(model, x, y, *rest)
         return run.to_float(x).float(), torch.ones_like(fooled), facts
 
-    monkeypatch.setattr(autoattack, "attack", boasting)
+    monkeypatch.setattr(attacks, "attack", boasting)
     with pytest.raises(UserError, match="14 of 14 adversarial images are classified correctly"):
         evaluate(folder, "--attacks", "fgsm")
     assert not (folder / "out.json").exists()
 
 
 def test_images_outside_the_ball_are_no_table(folder, monkeypatch):
-    original = autoattack.attack
+    original = attacks.attack
 
     def far(model, x, y, name, eps, *rest):
         return original(model, x, y, name, 1.1 * eps, *rest)
 
-    monkeypatch.setattr(autoattack, "attack", far)
+    monkeypatch.setattr(attacks, "attack", far)
     with pytest.raises(UserError, match=r"leave the ball .* 8.8/255"):
         evaluate(folder, "--attacks", "fgsm")
 
@@ -333,13 +333,13 @@ def test_warnings_from_the_table():
 
 
 def test_zero_and_broken_are_warnings(folder, monkeypatch, capsys):
-    original = autoattack.attack
+    original = attacks.attack
 
     def dead(*args):
         adv, fooled, facts = original(*args)
         return adv, fooled, facts | {"zero": 3, "broken": 2}
 
-    monkeypatch.setattr(autoattack, "attack", dead)
+    monkeypatch.setattr(attacks, "attack", dead)
     result = evaluate(folder, "--attacks", "apgd-ce-2")
     zero, broken = result["checkpoints"][0]["warnings"]
     assert "apgd-ce-2: 3 images have a zero gradient" in zero
@@ -349,13 +349,13 @@ def test_zero_and_broken_are_warnings(folder, monkeypatch, capsys):
 
 def test_the_sweep_has_one_step(folder, monkeypatch):
     seen = []
-    original = autoattack.attack
+    original = attacks.attack
 
     def short(model, x, y, name, eps, norm, seed, index, precision, alpha, *rest):
         seen.append((name, alpha))
         return original(model, x, y, "pgd-1", eps, norm, seed, index, precision, alpha, *rest)
 
-    monkeypatch.setattr(autoattack, "attack", short)
+    monkeypatch.setattr(attacks, "attack", short)
     evaluate(folder, "--attacks", "sweep,pgd-100")
     assert seen == [("pgd-20", 0.5), ("pgd-50", 0.5), ("pgd-100", 0.5), ("pgd-100", None)]
     seen.clear()

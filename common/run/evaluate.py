@@ -9,9 +9,14 @@ from common.run.device import Precision, rows, summed
 
 
 def to_float(x):
-    """uint8 images (N,C,H,W) to float in [0,1], channels_last; floats pass unchanged."""
+    """uint8 images (N,C,H,W) to float in [0,1], channels_last; floats pass unchanged.
+
+    CUDA divides by a number as a product with its reciprocal, which differs in the last bit for
+    half of the grey levels. So the divisor is a tensor on the same device.
+    """
     if x.dtype == torch.uint8:
-        x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        layout = torch.channels_last if x.ndim == 4 else torch.preserve_format
+        x = x.to(torch.float32, memory_format=layout).div_(torch.full((), 255.0, device=x.device))
     return x
 
 

@@ -1,0 +1,461 @@
+"""What makes an attack fast: the network is frozen, folded, cast and laid out once per attack.
+
+    with fastnet.prepared(model, x, precision) as net:
+        logits = net(adv)                      # fp32, with a gradient towards adv
+
+BatchNorm is affine in eval mode, so it is folded into the convolution before it. Weights are cast
+and laid out in channels_last once per attack, not once per step. Standardised convolutions (the
+norm-free networks) are standardised once. On a GPU a `Graphs` replays the forward and the backward
+pass as CUDA graphs.
+
+Afterwards the network is as it was found: the mode of every submodule, `requires_grad` flags and
+buffers. No parameter has a new `.grad`.
+"""
+
+import contextlib
+import functools
+from collections import Counter, OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from common import models
+from common.run import UserError, eval_mode
+
+FP16_SCALE = 256.0  # of the loss under fp16: smaller gradients would underflow to a sign of 0
+
+
+# --- any network ----------------------------------------------------------------------------------
+
+
+class Function(nn.Module):
+    """A plain function from images to logits, as a module without parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def unwrap(model):
+    """The network inside DistributedDataParallel, DataParallel and torch.compile.
+
+    An attack must not run the hooks of gradient exchange, nor recompile for eval mode. A plain
+    function becomes a module.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.Module):
+            return model
+        elif callable(model):
+            return Function(model)
+        else:
+            raise UserError(f"{type(model).__name__} is no model: give a module or a function")
+
+
+def logits_of(output):
+    """Logits (N,K) fp32 of a network's output: a tensor, a tuple (its first) or a dict."""
+    if isinstance(output, dict) or hasattr(output, "logits"):
+        found = output.get("logits") if isinstance(output, dict) else output.logits
+    elif isinstance(output, (tuple, list)) and len(output):
+        found = output[0]
+    else:
+        found = output
+    if not isinstance(found, torch.Tensor) or found.ndim != 2:
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise UserError(
+            f"the model returned {shape} where logits (N, classes) are needed: a tensor, a tuple "
+            'that begins with it, or a dict with the key "logits"'
+        )
+    return found.float()
+
+
+def normal(tensor):
+    """The tensor, or its copy where it was made in inference mode, which allows no gradient."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+@contextlib.contextmanager
+def frozen(model, mode="eval"):
+    """The unwrapped network in `mode`, without parameter gradients; then everything as before.
+
+    In train mode BatchNorm normalises by the batch and writes its running statistics. It is given
+    copies to write. Restoring the values in place would count as a modification and break a
+    backward pass that is still to come.
+    """
+    net = unwrap(model)
+    modes = [(module, module.training) for module in net.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
+    buffers = []
+    try:
+        net.train(mode == "train")
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        if mode == "train":
+            for module, _ in modes:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        buffers.append((module, name, buffer))
+                        module._buffers[name] = buffer.clone()
+        yield net
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+# --- one look at the network ----------------------------------------------------------------------
+
+
+class Uses(TorchFunctionMode):
+    """Counts the torch functions that made a tensor out of each tensor in `watched`."""
+
+    def __init__(self):
+        super().__init__()
+        self.watched = {}  # id -> tensor, held so that ids stay unique
+        self.count = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in self.watched:
+                    self.count[id(leaf)] += 1
+        return result
+
+
+def is_plain(module):
+    """True for a module whose forward no hook and no patch takes part in."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_convolution(module):
+    """True for a convolution that can run with prepared weights."""
+    kinds = nn.Conv2d, models.ScaledStdConv2d
+    return type(module) in kinds and is_plain(module) and module.padding_mode == "zeros"
+
+
+def is_norm(module):
+    """True for a BatchNorm with running statistics, whatever its class adds for training."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return isinstance(module, kind) and is_plain(module) and module.running_var is not None
+
+
+def is_affine(norm, x, out):
+    """True where the output `out` is that of nn.BatchNorm2d in eval mode for the input x.
+
+    Subclasses (synchronised, noisy, noise-free) are asked by value: in eval mode most of them do
+    what BatchNorm does.
+    """
+    if type(norm) is nn.BatchNorm2d:
+        return True
+    statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return torch.equal(out, F.batch_norm(x, *statistics, training=False, eps=norm.eps))
+
+
+def probe(net, x):
+    """Run one image x (1,...) and look at it. Returns (classes, plan, layout).
+
+    plan: {conv: (norm, layout)} for the plain convolutions called once. `norm` is the BatchNorm
+    that alone reads the output, or None. layout: channels_last, unless the network cannot take it
+    (it may call `view`).
+    """
+    convs = [module for module in net.modules() if is_convolution(module)]
+    norms = [module for module in net.modules() if is_norm(module)]
+    calls, outs, read, uses = Counter(), {}, {}, Uses()
+
+    def after_conv(conv, args, out):
+        calls[conv] += 1
+        outs[id(out)] = conv
+        uses.watched[id(out)] = out
+
+    def after_norm(norm, args, out):
+        calls[norm] += 1
+        if id(args[0]) in outs:  # asked now: the id of a tensor that is not held is used again
+            used = uses.count[id(args[0])]
+            if is_affine(norm, args[0], out):
+                read[norm] = id(args[0])
+            uses.count[id(args[0])] = used  # the question is no use
+
+    hooks = [module.register_forward_hook(after_conv) for module in convs]
+    hooks += [module.register_forward_hook(after_norm) for module in norms]
+    layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    try:
+        with eval_mode(net), torch.no_grad(), uses:
+            try:
+                logits = logits_of(net(x.contiguous(memory_format=layout)))
+            except RuntimeError as error:
+                if "view" not in str(error):
+                    raise
+                layout = torch.contiguous_format
+                for seen in (calls, outs, read):
+                    seen.clear()
+                logits = logits_of(net(x.contiguous()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    plan = {}
+    for out, conv in outs.items():
+        if calls[conv] == 1:
+            # oneDNN is up to 1.6 times faster on maps of 4x4 in its own blocked layout
+            small = not x.is_cuda and uses.watched[out][0, 0].numel() <= 16
+            plan[conv] = (None, torch.contiguous_format if small else layout)
+    for norm, out in read.items():
+        conv = outs[out]
+        if conv in plan and calls[norm] == 1 and uses.count[out] == 1:
+            plan[conv] = (norm, plan[conv][1])
+    return logits.shape[1], plan, layout
+
+
+# --- the plan carried out -------------------------------------------------------------------------
+
+
+def folded(conv, norm):
+    """Weight and bias, fp32, of the convolution that equals `conv` followed by `norm` in eval."""
+    standardised = isinstance(conv, models.ScaledStdConv2d)
+    weight = (conv.standardized() if standardised else conv.weight).detach()
+    bias = None if conv.bias is None else conv.bias.detach()
+    if norm is None:
+        return weight, bias
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach()
+    return weight * scale.view(-1, 1, 1, 1), shift
+
+
+@contextlib.contextmanager
+def patched(plan, dtype):
+    """Inside, the convolutions of `plan` run with weights folded, cast and laid out once.
+
+    The one that reads the images stays fp32: in bf16 (steps of 1/256 below 1) they would be rounded
+    more coarsely than a small perturbation moves them. It is 1% of the work.
+
+    Yields a function that writes the present parameters into the weights in use.
+    """
+    used = {}
+
+    def patch(conv, norm, layout):
+        weight, bias = folded(conv, norm)
+        inner = torch.float32 if conv.in_channels <= 4 else dtype
+        weight = weight.to(inner).contiguous(memory_format=layout)
+        bias = None if bias is None else bias.to(inner)
+        used[conv] = weight, bias
+        rest = conv.stride, conv.padding, conv.dilation, conv.groups
+
+        def forward(x):
+            x = x.contiguous(memory_format=layout)
+            if inner == dtype:
+                return F.conv2d(x, weight, bias, *rest)
+            with torch.autocast(x.device.type, enabled=False):
+                return F.conv2d(x.float(), weight, bias, *rest).to(dtype)
+
+        conv.forward = forward
+        if norm is not None:
+            norm.forward = lambda x: x
+
+    def refresh():
+        for conv, (norm, _) in plan.items():
+            for old, new in zip(used[conv], folded(conv, norm), strict=True):
+                if old is not None:
+                    old.copy_(new)
+
+    try:
+        for conv, (norm, layout) in plan.items():
+            patch(conv, norm, layout)
+        yield refresh
+    finally:
+        for conv, (norm, _) in plan.items():
+            vars(conv).pop("forward", None)
+            if norm is not None:
+                vars(norm).pop("forward", None)
+
+
+class Net:
+    """A network under attack: `net(x)` is logits (N,K), fp32, of images x (N,...) in [0,1]."""
+
+    def __init__(self, module, x, autocast, mode="eval", eot=1):
+        self.module = module
+        self.autocast = autocast
+        self.eot = eot  # passes of a random network, whose mean logits count
+        self.classes, self.plan, self.layout = probe(module, x[:1])
+        if mode == "train":  # BatchNorm's statistics are those of the attacked batch
+            self.plan = {}
+        self.device = x.device.type
+        with autocast():
+            low = torch.is_autocast_enabled(self.device)
+            self.dtype = torch.get_autocast_dtype(self.device) if low else torch.float32
+        self.scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
+
+    def __call__(self, x):
+        x = x.contiguous(memory_format=self.layout)
+        with self.autocast():
+            logits = logits_of(self.module(x))
+            if self.eot > 1:
+                passes = [logits, *(logits_of(self.module(x)) for _ in range(self.eot - 1))]
+                logits = torch.stack(passes).mean(0)
+        if x.requires_grad and not logits.requires_grad:
+            raise UserError("nothing to attack: the model detaches its output from its input")
+        return logits
+
+    @contextlib.contextmanager
+    def exact(self):
+        """Inside, the network's layers run as they are, in fp32. Yields a function like `net`."""
+        own = {}
+        for module in self.module.modules():
+            if "forward" in vars(module):
+                own[module] = vars(module).pop("forward")
+        try:
+            yield lambda x: logits_of(self.module(x.contiguous(memory_format=self.layout)))
+        finally:
+            for module, forward in own.items():
+                module.forward = forward
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+def record(function):
+    """Run `function` on a side stream, capture it, and return the function that replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # A thread that pins memory for the loader may work meanwhile: only this thread is watched.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+class Replay(torch.autograd.Function):
+    """The captured forward pass, and the captured gradient towards the images."""
+
+    @staticmethod
+    def forward(ctx, x, net):
+        ctx.net = net
+        net.x.detach().copy_(x)
+        net.run_forward()
+        return net.logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.net.towards.copy_(grad)
+        ctx.net.run_backward()
+        return ctx.net.grad.clone(), None
+
+
+class Captured(Net):
+    """A network whose forward and backward passes on batches like x are CUDA graphs.
+
+    The graphs read the weights where they lay at the capture. `refresh` writes the present ones
+    there.
+    """
+
+    def __init__(self, module, x, autocast):
+        super().__init__(module, x, autocast)
+        self.x = torch.empty_like(x).contiguous(memory_format=self.layout)
+        self.x.copy_(x).requires_grad_(True)
+        with patched(self.plan, self.dtype) as self.refresh, torch.enable_grad():
+            self.record_passes()
+
+    def record_passes(self):
+        """Capture both passes. The one after the other, for the second reads what the first
+        keeps."""
+
+        def both():
+            self.logits = super(Captured, self).__call__(self.x)
+            self.towards = torch.ones_like(self.logits)
+            (self.grad,) = torch.autograd.grad(self.logits, self.x, self.towards, retain_graph=True)
+
+        both()  # cuDNN chooses its kernels before the capture
+
+        def forward():
+            self.logits = super(Captured, self).__call__(self.x)
+
+        def backward():
+            (self.grad,) = torch.autograd.grad(self.logits, self.x, self.towards, retain_graph=True)
+
+        self.run_forward = record(forward)
+        self.run_backward = record(backward)
+
+    def __call__(self, x):
+        return Replay.apply(x, self)
+
+
+class Graphs:
+    """The captured networks of the last few attacks: `pgd(..., capture=graphs)`.
+
+    A graph belongs to a shape of batch, a precision and a state of the network: where its tensors
+    lie, and the numbers and names that its modules hold (the statistics in use of "dual-bn").
+    """
+
+    def __init__(self, most=3):
+        self.most = most
+        self.kept = OrderedDict()
+
+    @staticmethod
+    def key(module, x, dtype):
+        tensors = [*module.parameters(), *module.buffers()]
+        plain = bool, int, float, str, type(None)
+        state = [
+            (name, value)
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if isinstance(value, plain)
+        ]
+        return (
+            tuple(x.shape),
+            dtype,
+            tuple(tensor.data_ptr() for tensor in tensors),
+            tuple(state),
+        )
+
+    def get(self, module, x, autocast, dtype):
+        """The captured network of this key, with the present weights."""
+        key = self.key(module, x, dtype)
+        if key not in self.kept:
+            self.kept[key] = Captured(module, x, autocast)
+        self.kept.move_to_end(key)
+        while len(self.kept) > self.most:
+            self.kept.popitem(last=False)
+        self.kept[key].refresh()
+        return self.kept[key]
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def prepared(model, x, precision=None, mode="eval", capture=None, eot=1):
+    """The network of `model`, frozen and made fast for images like x (N,...), as a `Net`.
+
+    precision: an object with autocast() (run.Precision); None is fp32.
+    mode: "eval", or "train" for BatchNorm with the statistics of each batch, without folding.
+    capture: a `Graphs`, to replay CUDA graphs on a GPU in eval mode.
+    eot: passes of a random network whose mean logits are the network's.
+    """
+    fp32 = functools.partial(torch.autocast, x.device.type, enabled=False)
+    autocast = fp32 if precision is None else precision.autocast
+    with torch.inference_mode(False), torch.no_grad(), fp32(), frozen(model, mode) as module:
+        if capture is not None and x.is_cuda and mode == "eval" and eot == 1:
+            yield capture.get(module, x, autocast, getattr(precision, "dtype", None))
+            return
+        net = Net(module, x, autocast, mode, eot)
+        with patched(net.plan, net.dtype):
+            yield net
