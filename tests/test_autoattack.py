@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from common import attacks, data, models, run, shapes
 from common.attacks import attack, distance, parse
 from common.attacks.apgd import checkpoints
-from common.attacks.autoattack import towards_each
+from common.attacks.autoattack import nearest_classes, towards_each
 from common.attacks.fab import nearest
 from common.attacks.square import bumps, pyramid, side
 from common.run import UserError
@@ -527,3 +528,138 @@ def test_agrees_with_other_implementations(oracle, norm, eps, shared, cifar10_di
         fooled = attacks.judge(model, theirs, y)[0] > 0
         ours = attack(model, x, y, name, radius, norm)[1]
         assert abs(int(ours.sum()) - int(fooled.sum())) <= 0.005 * IMAGES, name
+
+
+# --- restarts, targets, algorithms, the library ---------------------------------------------------
+
+
+def test_restarts_and_targets_by_name():
+    """pgd-5-4: 5 steps from 4 starts, the first of them pgd-5's; pgd-t aims at every class."""
+    one, four = robust("pgd-5", 1.2), robust("pgd-5-4", 1.2)
+    assert four <= one and robust("pgd-t-10", 1.2) <= robust("pgd-10", 1.2)
+    net, x, y = trained()
+    facts = {n: attack(net, x[:8], y[:8], n, 0.01)[2] for n in ("pgd-5-4", "pgd-t-3", "apgd-ce-6")}
+    assert facts["pgd-5-4"]["forward"] == facts["pgd-5-4"]["backward"] == 8 * 5 * 4
+    assert facts["pgd-t-3"]["backward"] == 8 * 3 * 9
+    assert facts["apgd-ce-6"]["backward"] == 8 * 7
+    with pytest.raises(UserError, match="only pgd and cw have restarts"):
+        parse("apgd-ce-10-2")
+
+
+def test_the_nearest_classes_first():
+    """apgd-malt aims first at the class that a linear network reaches by the shortest step."""
+    net, x, y = linear(6)
+    with torch.no_grad():
+        z, w = net(x), net[1].weight
+    gap = (z.gather(1, y[:, None]) - z) / (w[None] - w[y][:, None]).abs().sum(2)
+    expected = gap.scatter(1, y[:, None], torch.inf).argsort(1)[:, :3]
+    with attacks.victim(net, x) as victim:
+        assert torch.equal(nearest_classes(victim, x, y, 3), expected)
+
+
+def test_fast_attacks_are_as_strong_as_apgd_t():
+    standard = robust("apgd-t", 1.2)
+    assert robust("apgd-malt", 1.2) <= standard + 1.6
+
+
+def test_cudnn_does_not_time_every_size_of_batch(monkeypatch):
+    """Attacks run with benchmark off; the judge with deterministic algorithms and without TF32,
+    whatever the attack's precision. Afterwards the settings are as before (gpu.md, S3, W2, S5)."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "allow_tf32", False)
+    seen = set()
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()[0]
+
+        def forward(self, x):
+            kind = "attack" if x.requires_grad else "judge"
+            settings = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+            seen.add((kind, *settings))
+            return self.net(x)
+
+    _, x, y = linear()
+    for name in ("apgd-ce-2", "pgd-2"):
+        for precision, tf32 in ((None, False), (run.Precision("tf32"), True)):
+            seen.clear()
+            attack(Watched(), x, y, name, precision=precision)
+            assert {s for s in seen if s[0] == "attack"} == {("attack", False, False, tf32, tf32)}
+            assert ("judge", False, True, False, False) in seen
+    assert cudnn.benchmark and not cudnn.allow_tf32 and not matmul.allow_tf32
+
+
+def test_tf32_is_fp32_on_a_cpu():
+    net, x, y = trained()
+    a, b = (
+        attack(net, x[:8], y[:8], "apgd-ce-5", 1, precision=p)[0]
+        for p in (None, run.Precision("tf32"))
+    )
+    assert torch.equal(a, b)
+
+
+def test_autoattack_as_a_function():
+    """Accuracy and images of the four attacks, in any of the forms that networks have."""
+    net, x, y = trained()
+    net = copy.deepcopy(net).train()
+    x, y = x[:20], (y[:20] + (torch.arange(20) == 3)) % 10  # one that is wrong from the start
+    short = ("apgd-ce-10", "apgd-t-5", "fab-t-5", "square-50")
+    accuracy, adv = attacks.autoattack(net, x, y, eps=1.2, attacks=short)
+    standing = torch.arange(20) != 3
+    for name in short:
+        rows = standing.nonzero()[:, 0]
+        standing[rows] &= ~attack(net, x[rows], y[rows], name, 1.2, index=rows)[1]
+    assert accuracy == 100 * standing.double().mean().item() and 0 < accuracy < 95
+    net.eval()
+    assert torch.equal((net(adv).argmax(1) == y), standing) and net.training is False
+    assert torch.equal(adv[standing], x[standing]) and torch.equal(adv[3], x[3])
+    assert distance(adv, x, "linf").max().item() <= 1.2 / 255
+    again, same = attacks.autoattack(
+        lambda v: (net(v), 0), x, y.int(), eps=1.2, attacks=short, batch_size=7
+    )
+    assert again == accuracy and (same - adv).abs().max() < 2.4 / 255
+    assert attacks.autoattack(net, x[:0], y[:0])[0] == 0
+
+
+def test_examples_of_the_docstrings():
+    import doctest
+
+    from common.attacks import autoattack  # the function; its module is found by its name
+
+    module = sys.modules[autoattack.__module__]
+    found = doctest.testmod(module, extraglobs={"torch": torch})
+    assert found.attempted >= 4 and not found.failed
+
+
+def test_eps_that_is_clearly_a_fraction():
+    """8/255 as 0.0314 and an L2 radius of 0.5 are other units; usual radii are not."""
+    assert "--eps 8.007" in attacks.check_eps(0.0314)
+    assert "--eps 127.5" in attacks.check_eps(0.5, "l2")
+    for eps, norm in ((0.5, "linf"), (1, "linf"), (8, "linf"), (8, "l2"), (128, "l2")):
+        assert attacks.check_eps(eps, norm) is None
+
+
+def test_an_empty_batch_in_l2():
+    """gpu.md, B3: the bound on eps does not depend on the number of images."""
+    net, x, y = linear()
+    assert attacks.pgd(net, x[:0], y[:0], 128, norm="l2").shape == (0, 3, 6, 6)
+    assert attack(net, x[:0], y[:0], "pgd-2", 128, "l2")[0].shape == (0, 3, 6, 6)
+    with pytest.raises(UserError, match="not in"):
+        attacks.pgd(net, x[:0], y[:0], 1e6, norm="l2")
+
+
+def test_grey_levels_are_divided_by_a_tensor(monkeypatch):
+    """CUDA would multiply by the reciprocal of a number (gpu.md, B1)."""
+    seen, real = [], torch.Tensor.div_
+
+    def div_(self, other, **options):
+        seen.append(other)
+        return real(self, other, **options)
+
+    monkeypatch.setattr(torch.Tensor, "div_", div_)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    found = run.to_float(levels)
+    assert [isinstance(v, torch.Tensor) and v.device == levels.device for v in seen] == [True]
+    assert torch.equal(found.flatten(), torch.arange(256).float() / 255)

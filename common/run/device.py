@@ -155,6 +155,7 @@ class Precision:
     """The one precision path: an autocast context and a gradient scaler, both with a switch.
 
     name: fp32, bf16, fp16 or auto (bf16 where the device has it, else fp16 on a GPU, else fp32).
+    tf32 is fp32 whose products an attack may round on a GPU (attacks/autoattack.py).
     """
 
     def __init__(self, name="auto", device="cpu"):
@@ -163,12 +164,13 @@ class Precision:
             bf16 = has_bf16(self.device)
             name = "bf16" if bf16 else "fp16" if self.device.type == "cuda" else "fp32"
         self.name = name
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.dtype = low.get(name, torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
 
     def autocast(self):
         """The context for forward passes."""
-        enabled = self.name != "fp32"
+        enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
 
