@@ -3,109 +3,109 @@
 Paper: Taghanaki et al., "Counterbalancing Teacher: Regularizing Batch Normalized Models for
 Robustness", arXiv 2207.01548. BatchNorm makes a network lean on low-variance features that are
 specific to the training domain; without it the same network errs more in-domain and less under
-corruption. CT trains the network with BatchNorm on
+corruption. CT trains the network S with BatchNorm on
 
-    L = CE(f_S(x), y) + lam * D(h_S(x), h_T(x)),
+    L = L_cls(p_S, y) + lam L_ct(f_S, f_T),
 
-h_T from a frozen copy of the same network without BatchNorm, trained first on the same data. The
-student alone is used at test time; no image of the target domain is seen.
+where f_T are the features of T, a frozen copy of the same network without BatchNorm. T is trained
+first, on the same data. S alone is used at test time. No image of the target domain is seen.
 
-From the paper: the frozen copy without BatchNorm as teacher, the consistency of representations,
-corruption benchmarks and leave-one-domain-out as the test. Ours, for the text at hand leaves them
-open, each an option:
-  1. D                --distance, of pooled penultimate features or logits (--match): cosine
-  2. lam              --lam, constant over training: 5
-  3. student's start  --student-init: fresh weights, or the teacher's convolutions (its control,
-                      the same start without the distance: --student-init teacher --lam 0)
-  4. teacher          --teacher-*: the student's schedule at rate 0.2, clipped at norm 1;
-                      "without BatchNorm" as in common/models.py (biases, branches start at 0)
+From the paper and its figure: the frozen teacher, the features before the classifier, a fresh
+student, the same image for both. The paper does not specify these; our choices, each an option:
+  1. L_ct             --distance, of pooled penultimate features or logits (--match): cosine
+  2. lam              --lam, constant over training
+  3. student's start  --student-init: fresh weights, or the teacher's convolutions
+  4. teacher          --teacher-*: its length, rate and clipping
   5. everything else  the AugMix protocol: SGD, Nesterov momentum 0.9, weight decay 5e-4, batch
                       128, cosine per step, flip and padded crop
+Choices 1 to 4 were made on a validation split and the four extra corruptions, never on the
+benchmark's 15: eval/results/ct_shapes_search.json and ct_cifar10_search.json.
 
-    python ct.py                                       # embedded shapes data, minutes on a CPU
+    python ct.py                                       # embedded data, three minutes on a CPU
     python ct.py --dataset cifar100 --arch wrn28       # WRN-28-10, the full job on a GPU
     python ct.py --dataset cifar10 --teacher runs/a/teacher.pt --lam 3 --no-baseline
     python ct.py --dataset pacs --test-domain all --arch resnet50 --pretrained
 
-With --test-domain, DomainBed's protocol: a domain is left out of training and tested on; of each
-other domain 20 % chooses the epoch (best.pt). Not DomainBed's: batches come from the pooled domains
-(there 32 of each), and so does the validation error (there the mean over domains); all of the
-left-out domain is the test (there 80 %); no colour jitter and greys, BatchNorm is not frozen, SGD
-instead of Adam.
-
-1 to 4 were chosen on a validation split of CIFAR-10 and the four extra corruptions, never on the
-benchmark's 15; the README has the measurements.
+--test-domain follows DomainBed: it leaves a domain out of training and tests on it, and 20 % of
+each other domain choose the epoch (best.pt). Different from DomainBed: batches and validation pool
+the domains, all of the left-out domain is the test, no colour jitter, BatchNorm is not frozen, SGD.
 """
 
-import argparse
 import copy
+import math
 import statistics
-import sys
-import time
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from common import attacks, corruptions, data, models, run
+from common import corruptions, data, models, run
 
 # --- options ------------------------------------------------------------------------------------
 
 NORMS = ("bn", "gn", "in", "ln", "none")
-DEFAULTS = {  # per data set: arch, epochs
-    "shapes": ("wrn10-1", 10),
-    "cifar10": ("wrn40-2", 100),
-    "cifar100": ("wrn40-2", 100),
-    "svhn": ("wrn40-2", 100),
-    "photographs": ("resnet18", 90),  # every tree of images
+DEFAULTS = {
+    "shapes": {"arch": "wrn10-1", "epochs": 10, "lam": 20.0, "eval_every": 1},
+    "cifar10": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
+    "cifar100": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
+    "svhn": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
+    "folders": {"arch": "resnet18", "epochs": 90, "lam": 5.0, "eval_every": 5},
 }
 
 
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
-    group = parser.add_argument_group("model and optimisation")
-    group.add_argument("--arch", help="default: wrn10-1, wrn40-2, resnet18 by data")
+    group = run.add_recipe_arguments(parser, DEFAULTS)
     group.add_argument("--norm", default="bn", choices=NORMS, help="the student's normaliser")
     group.add_argument(
         "--pretrained", nargs="?", const="torchvision", metavar="FILE",
-        help="start from torchvision's ImageNet weights: in its cache, or this file",
+        help="start from torchvision's ImageNet weights in its cache, or in FILE (default: no)",
     )  # fmt: skip
-    group.add_argument("--epochs", type=run.positive(int), help="default: 10, 100, 90 by data")
-    group.add_argument("--batch-size", type=run.positive(int), default=128)
-    group.add_argument("--lr", type=run.positive(float), default=0.1, help="peak rate")
-    group.add_argument("--warmup", type=run.nonnegative(float), default=1.0, help="epochs")
-    group.add_argument("--momentum", type=run.nonnegative(float), default=0.9)
-    group.add_argument("--weight-decay", type=run.nonnegative(float), default=5e-4)
-    group.add_argument("--clip", type=run.nonnegative(float), default=0.0, help="norm; 0: none")
     group = parser.add_argument_group("method")
-    group.add_argument("--lam", type=run.nonnegative(float), default=5.0, help="0: the baseline")
-    group.add_argument("--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"])
-    group.add_argument("--match", choices=["features", "logits"], help="default: logits for kl")
-    group.add_argument("--temperature", type=run.positive(float), default=4.0, help="of kl")
-    group.add_argument("--student-init", default="fresh", choices=["fresh", "teacher"])
-    group.add_argument("--teacher", metavar="CKPT", help="use this teacher; trains none")
-    group.add_argument("--teacher-epochs", type=run.positive(int), help="default: --epochs")
-    group.add_argument("--teacher-lr", type=run.positive(float), default=0.2)
-    group.add_argument("--teacher-clip", type=run.nonnegative(float), default=1.0)
     group.add_argument(
-        "--baseline", action=argparse.BooleanOptionalAction, default=True,
-        help="train the BatchNorm baseline too, for the table at the end",
+        "--lam", type=run.nonnegative(float),
+        help=f"weight of L_ct; 0 trains without a teacher; {run.by_data(DEFAULTS, 'lam')}",
     )  # fmt: skip
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-every", type=run.positive(int), default=5, help="epochs")
     group.add_argument(
-        "--corrupted-images", type=run.nonnegative(int), default=500, metavar="N",
-        help="test images for the corrupted column of the table at the end; 0: leave it out",
+        "--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct"
+    )
+    group.add_argument(
+        "--match", choices=["features", "logits"],
+        help="what L_ct compares (default: logits for kl, else features)",
     )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=run.positive(float), default=4.0, help="of --distance kl"
+    )
+    group.add_argument(
+        "--student-init", default="fresh", choices=["fresh", "teacher"],
+        help="fresh weights, or the teacher's convolutions",
+    )  # fmt: skip
+    group.add_argument(
+        "--teacher", metavar="CKPT", help="use this teacher (default: train one in this run)"
+    )
+    group.add_argument(
+        "--teacher-epochs", type=run.positive(int),
+        help="epochs of the teacher (default: twice --epochs for shapes, else --epochs)",
+    )  # fmt: skip
+    group.add_argument(
+        "--teacher-lr", type=run.positive(float), default=0.2, help="its peak learning rate"
+    )
+    group.add_argument(
+        "--teacher-clip", type=run.nonnegative(float), default=1.0,
+        help="its largest gradient norm; 0: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--baseline", action=run.Flag, default=True, help="train the network without CT too"
+    )
+    run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser)
+    parser.set_defaults(dataset="shapes-shortcut")
     args = run.parse(parser, argv)
-    arch, epochs = DEFAULTS.get(args.dataset.removesuffix(".1"), DEFAULTS["photographs"])
-    args.arch, args.epochs = args.arch or arch, args.epochs or epochs
-    args.teacher_epochs = args.teacher_epochs or args.epochs
-    if args.test_domain and not args.out:
-        name = f"ct-{args.dataset}-domains-{args.arch}-s{args.seed}"
-        args.out = str(Path("runs") / name / args.test_domain.removesuffix("all"))
+    run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
+    args.teacher_epochs = args.teacher_epochs or args.epochs * (
+        1 + args.dataset.startswith("shapes")
+    )
     args.match = args.match or ("logits" if args.distance == "kl" else "features")
     if args.distance == "kl" and args.match != "logits":
         raise run.UserError("--distance kl compares distributions: use --match logits")
@@ -116,7 +116,7 @@ def parse_args(argv=None):
 
 
 def distance(kind, student, teacher, temperature):
-    """D(student, teacher), a scalar, for features or logits (N,D).
+    """L_ct, a scalar, for features or logits (N,D) of student and teacher.
 
     mse       mean over samples and dimensions of the squared difference
     relative  the same, divided by the mean square of the teacher's: free of its scale
@@ -129,8 +129,19 @@ def distance(kind, student, teacher, temperature):
         return F.mse_loss(student, teacher) / run.mean(teacher.square().mean())
     if kind == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
-    s, t = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
-    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
+def build(norm, args, dataset, device):
+    """A network for this run; its weights depend on the seed and the normaliser alone."""
+    torch.manual_seed(run.seed_key(args.seed, "init"))
+    model = models.build(args.arch, norm, **dataset.model_kwargs)
+    if args.pretrained:
+        models.load_pretrained(model, args.pretrained)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def load_teacher(path, args, num_classes, device):
@@ -144,257 +155,198 @@ def load_teacher(path, args, num_classes, device):
     return models.from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
 
 
-def build(norm, args, dataset, device):
-    """A network for this run; its weights depend on the seed and the normaliser alone."""
-    torch.manual_seed(run.seed_key(args.seed, "init"))
-    model = models.build(args.arch, norm, **dataset.model_kwargs)
-    if args.pretrained:
-        load_pretrained(model, args.pretrained)
-    return model.to(device, memory_format=torch.channels_last)
-
-
-def load_pretrained(model, file):
-    """Give `model` the backbone of ImageNet weights. Without BatchNorm it gets the convolutions
-    with BatchNorm folded in: the same function of an image as the other's in evaluation mode."""
-    arch, norm = model.spec["arch"], model.spec["norm"]
-    if norm not in ("bn", "none") or arch not in models.IMAGENET_RESNETS:
-        known = ", ".join(models.IMAGENET_RESNETS)
-        raise run.UserError(f"--pretrained: for {known} with norm bn or none, not {arch}, {norm}")
-    if file == "torchvision":
-        from torchvision.models import get_model_weights
-
-        url = get_model_weights(arch).IMAGENET1K_V1.url
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        if not file.is_file():
-            raise run.UserError(f"--pretrained: no {file}; put {url} there, or name a file")
-    source = models.build(arch, "bn", 1000, 224)
-    models.load_foreign(source, run.load_checkpoint(file, foreign=True))
-    modules, weights = dict(source.named_modules()), source.state_dict()
-    if norm == "none":
-        weights = {}
-        for name in [n for n, m in modules.items() if isinstance(m, torch.nn.Conv2d)]:
-            shortcut = name.removesuffix("downsample.0") + "downsample.1"
-            follows = shortcut if "downsample" in name else name.replace("conv", "bn")
-            pair = attacks.folded(modules[name], modules[follows])
-            weights[f"{name}.weight"], weights[f"{name}.bias"] = pair
-    own = model.state_dict()
-    weights = {k: v for k, v in weights.items() if not k.startswith(("fc.", "normalize."))}
-    try:
-        model.load_state_dict(own | weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:100]
-        raise run.UserError(f"--pretrained: {arch} for this image size differs: {reason}") from None
-
-
 # --- training -----------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What a network is trained and held out on."""
+
+    batches: data.Batches
+    held_out: data.Images
+    probe: data.Images  # the first 500 held-out images under the four extra corruptions
+
+
+def make_task(dataset, args):
+    batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
+    held_out = dataset.val or dataset.test
+    few = held_out.take(slice(0, 500))
+    probe = [corruptions.corrupt(few.x, name, 3, scale=dataset.scale) for name in corruptions.EXTRA]
+    return Task(batches, held_out, data.Images(torch.cat(probe), few.y.repeat(len(probe))))
 
 
 def lr_at(step, total, peak, warmup):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    angle = torch.pi * (step - warmup) / max(total - warmup, 1)
-    return 0.5 * peak * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item())
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-def train(stage, model, args, batches, held_out, probe, record, precision, teacher=None):
-    """Train `model` in place and return its final metrics.
+def train(stage, model, args, task, rundir, precision, teacher=None):
+    """Train `model` in place on L_cls + lam L_ct. Returns its last metrics.
 
-    stage: "teacher", "baseline" or "student": the prefix of its scalars and the name of its
-    checkpoint (last.pt for the student). A stage whose checkpoint is in the run directory goes on
-    from there, or is skipped when that was its end. With --test-domain the model ends with the
-    weights of least validation error among those evaluated, those of best.pt or <stage>-best.pt.
+    stage: "teacher", "baseline" or "student". With --test-domain the model ends with the weights
+    of its least validation error.
     """
-    own = stage == "teacher"
-    epochs, peak = (args.teacher_epochs, args.teacher_lr) if own else (args.epochs, args.lr)
-    clip = (args.teacher_clip if own else args.clip) or float("inf")
-    file = "last.pt" if stage == "student" else f"{stage}.pt"
-    selected = "best.pt" if stage == "student" else f"{stage}-best.pt"
-    device = next(model.parameters()).device
-    total, warmup = epochs * batches.per_epoch, round(args.warmup * batches.per_epoch)
     optimizer = torch.optim.SGD(
-        model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0,
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
     )  # fmt: skip
-    guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, total)
-    net, metrics = guard.net, guard.state.get("metrics", {})
-    if not guard.start:
-        record.writer.add_images(f"{stage}/augmented", batches(0)[0][:32], 0)
-    sums, count, clock = torch.zeros(4, device=device), 0, time.perf_counter()
-    for step in range(guard.start, total):
-        model.train()
-        lr = lr_at(step, total, peak, warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, as a function of it
-        x, y = run.share(*batches(step))
+    loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
+    warmup = round(args.warmup * task.batches.per_epoch)
+    for step in loop:
+        x, y = task.batches(step)
+
         with precision.autocast():
-            logits, h = net(x, with_features=True)
-        loss = ce = F.cross_entropy(logits, y)
-        gap = torch.zeros((), device=device)
+            logits, f_s = loop.net(x, with_features=True)
+        loss_cls = F.cross_entropy(logits, y)
+        loss_ct = torch.zeros_like(loss_cls)
         if teacher is not None:
             with torch.no_grad(), precision.autocast():
-                logits_t, h_t = teacher(x, with_features=True)
-            pair = (h, h_t) if args.match == "features" else (logits, logits_t)
-            gap = distance(args.distance, *pair, args.temperature)
-            loss = ce + args.lam * gap
-        optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        correct = (logits.detach().argmax(1) == y).float().mean()
-        if guard.fine(step, lr, loss, norm):
-            precision.scaler.step(optimizer)
-            norm = norm.nan_to_num(0, 0, 0)  # of steps that the fp16 scaler leaves out
-            sums += torch.stack([ce.detach(), gap.detach(), correct, norm])
-            count += 1
-        precision.scaler.update()
+                logits_t, f_t = teacher(x, with_features=True)
+            if args.match == "features":
+                loss_ct = distance(args.distance, f_s, f_t, args.temperature)
+            else:
+                loss_ct = distance(args.distance, logits, logits_t, args.temperature)
+        loss = loss_cls + args.lam * loss_ct
 
-        done = step + 1
-        if done % args.log_every == 0 or done % batches.per_epoch == 0 or done == total:
-            guard.check()  # sync point
-            ce, gap, correct, norm = run.mean(sums / max(count, 1)).tolist()
-            rate = count * args.batch_size / (time.perf_counter() - clock)
-            values = {"loss": ce, "accuracy": 100 * correct, "grad_norm": norm, "lr": lr}
-            values |= {"images_per_s": rate} | ({"distance": gap} if teacher is not None else {})
-            record.scalars(done, {f"{stage}/{k}": v for k, v in values.items()})
-            text = f"{stage} epoch {done / batches.per_epoch:.1f}/{epochs}  loss {ce:.3f}"
-            text += f"  train {100 * correct:.1f} %  {rate:.0f} img/s"
-            record.progress(done, total, text)
-            sums, count, clock = torch.zeros_like(sums), 0, time.perf_counter()
-        if done % batches.per_epoch == 0:
-            epoch = done // batches.per_epoch
-            evaluated = epoch % args.eval_every == 0 or done == total
-            if evaluated:
-                least = metrics.get("least_error", float("inf"))
-                metrics = run.evaluate(model, *held_out, precision)
-                if args.test_domain:
-                    state = {"stage": stage, "step": done, "metrics": metrics}
-                    state |= model.spec | {"dataset": args.dataset, "model": model.state_dict()}
-                    if metrics["error"] < least:
-                        record.save(selected, state)
-                    metrics["least_error"] = min(least, metrics["error"])
-                metrics["probe_error"] = run.evaluate(model, *probe, precision)["error"]
-                shown = {"error": metrics["error"], "probe_error": metrics["probe_error"]}
-                record.scalars(done, {f"{stage}/{k}": v for k, v in shown.items()})
-                text += "".join(f"  {k} {v:.2f}" for k, v in shown.items())
-            fresh = metrics if evaluated else {}
-            record.record(stage=stage, epoch=epoch, step=done, loss=ce, distance=gap, eval=fresh)
-            record.progress(done, total, text, done=True)
-            clock = time.perf_counter()
-        guard.save(done, stage=stage, metrics=metrics, dataset=args.dataset)
+        loop.backward(loss)
+        loop.step(lr_at(step, loop.total, args.lr, warmup), args.clip)
+        loop.log(loss=loss_cls, distance=loss_ct, accuracy=run.accuracy(logits, y))
+
+        if loop.evaluates:
+            error = run.evaluate(model, task.held_out, precision)["error"]
+            probe_error = run.evaluate(model, task.probe, precision)["error"]
+            loop.report(error=error, probe_error=probe_error)
+            if args.test_domain:
+                loop.keep_best(-error)
     if args.test_domain:
-        model.load_state_dict(run.load_checkpoint(record.dir / selected, device)["model"])
-    model.eval()
-    return metrics
+        loop.load_best()
+    return loop.metrics
 
 
 # --- main ---------------------------------------------------------------------------------------
 
 
-def corrupted_error(networks, images, precision, data_dir, scale=None):
-    """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
-    sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
-    index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
-    for name in corruptions.NAMES:
-        for severity in range(1, 6):
-            options = {"index": index, "data_dir": data_dir, "scale": scale}
-            x = corruptions.corrupt(mine.x, name, severity, **options)
-            for key, model in networks.items():
-                sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
-    return {key: value / 75 for key, value in sums.items()}
-
-
 def each_domain(args):
-    """A run for every domain left out, in <out>/<domain>. Returns {key/domain: value}."""
-    names, final = data.domain_names(args.dataset, args.data_dir), {}
-    for name in names:
-        out = Path(args.out) / name
-        resume = str(out) if args.resume and (out / "args.json").is_file() else None
-        own = {"test_domain": name, "out": str(out), "resume": resume}
-        run.Run.again = [*sys.argv, "--resume", "auto"]  # all domains, not this one alone
-        try:
-            found = main(argparse.Namespace(**vars(args) | own))
-        finally:
-            run.Run.again = None
-        final |= {f"{key}/{name}": value for key, value in found.items()}
+    """A run for every domain left out, then a table. Returns {"<metric>/<network>/<domain>": v}."""
+    names = data.domain_names(args.dataset, args.data_dir)
+    found = run.repeat(main, args, {name: {"test_domain": name} for name in names})
     rows = []
     for stage in ("teacher", "baseline", "student"):
-        values = [100 - final[k] for n in names if (k := f"error/{stage}/{n}") in final]
+        values = [100 - f[f"error/{stage}"] for f in found.values() if f"error/{stage}" in f]
         if values:
             rows.append([stage, *values, statistics.mean(values)])
     print(f"\n{run.table(rows, ['accuracy % on', *names, 'average'])}")
-    print(f"each left out of training, {args.dataset}, seed {args.seed}; over seeds:")
-    print(f"python eval/domains.py {args.out} --data-dir {args.data_dir}")
-    return final
+    print(f"Each domain was left out of training once: {args.dataset}, seed {args.seed}.")
+    print(f"Over seeds: python eval/domains.py {args.out} --data-dir {args.data_dir}")
+    return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
 
 
 def main(args):
+    if args.seeds > 1:
+        return run.each_seed(main, args)
     if args.test_domain == "all":
         return each_domain(args)
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
-    # Whatever may refuse an option comes before the run directory.
-    settings = args.augment, dataset.flip, True
-    batches = data.Batches(dataset.train, args.batch_size, args.seed, *settings)
+    task = make_task(dataset, args)
     student = build(args.norm, args, dataset, device)
-    teacher, wanted = None, args.lam or args.student_init == "teacher"
-    if args.teacher and wanted:
-        teacher = load_teacher(args.teacher, args, len(dataset.classes), device)
-    tags = ["error/teacher", "error/baseline", "error/student"]
-    record = run.Run(args, __file__, tags + [t.replace("error", "corrupted") for t in tags])
-
-    # A small corrupted set to watch robustness move: the four extra corruptions, so that nothing
-    # the benchmark's 15 measure is looked at during training.
-    held_out = dataset.val or dataset.test
-    few = held_out.take(slice(0, 500))
-    probe = [corruptions.corrupt(few.x, name, 3, scale=dataset.scale) for name in corruptions.EXTRA]
-    probe = data.Images(torch.cat(probe), few.y.repeat(len(probe)))
+    teacher = None
+    if args.lam or args.student_init == "teacher":
+        if args.teacher:
+            teacher = load_teacher(args.teacher, args, len(dataset.classes), device)
+        else:
+            teacher = build("none", args, dataset, device)
+    results = ("error", "corrupted", *dataset.shortcut_tests)
+    rundir = run.RunDir(args, __file__, precision, "student", results)  # from here on files appear
 
     networks = {}
-    common = (args, batches, held_out, probe, record, precision)
-    if wanted:
-        if teacher is None:
-            teacher = build("none", args, dataset, device)
-            train("teacher", teacher, *common)
+    trains_teacher = teacher is not None and not args.teacher
+    trains_baseline = teacher is not None and args.baseline
+    rundir.plan(
+        teacher=args.teacher_epochs * trains_teacher,
+        baseline=args.epochs * trains_baseline,
+        student=args.epochs,
+    )
+    if teacher is not None:
+        if trains_teacher:
+            own = run.changed(
+                args, epochs=args.teacher_epochs, lr=args.teacher_lr, clip=args.teacher_clip
+            )
+            train("teacher", teacher, own, task, rundir, precision)
         networks["teacher"] = teacher.requires_grad_(False).eval()
-        if args.baseline:
+        if trains_baseline:
             networks["baseline"] = copy.deepcopy(student)
-            train("baseline", networks["baseline"], *common)
+            train("baseline", networks["baseline"], args, task, rundir, precision)
         if args.student_init == "teacher":
-            shapes = {k: v.shape for k, v in student.state_dict().items()}
-            weights = {k: v for k, v in teacher.state_dict().items() if v.shape == shapes.get(k)}
-            student.load_state_dict(weights, strict=False)
+            models.copy_matching_weights(teacher, student)
     networks["student"] = student
-    train("student", student, *common, teacher=teacher if args.lam else None)
+    train("student", student, args, task, rundir, precision, teacher=teacher if args.lam else None)
+    return report(networks, dataset, args, rundir, precision)
 
-    titles = {
-        "teacher": f"teacher ({args.arch}, {teacher.spec['norm'] if teacher else 'none'})",
-        "baseline": f"baseline ({args.arch}, {args.norm})",
-        "student": f"CT ({args.arch}, {args.norm}, lam {args.lam:g})",
-    }
-    results = {k: run.evaluate(m, *dataset.test, precision) for k, m in networks.items()}
-    final = {f"error/{k}": v["error"] for k, v in results.items()}
-    header = ["accuracy %", "clean"]
-    rows = [[titles[k], 100 - v["error"]] for k, v in results.items()]
+
+TITLES = {"teacher": "teacher", "baseline": "baseline", "student": "CT"}
+SHOWN = {"without": "shortcut removed", "swapped": "shortcut swapped"}
+
+
+def report(networks, dataset, args, rundir, precision):
+    """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
+    error = {k: run.evaluate(m, dataset.test, precision)["error"] for k, m in networks.items()}
+    run.warn_of_chance({TITLES[k]: 100 - v for k, v in error.items()}, len(dataset.classes))
+    final = {f"error/{k}": v for k, v in error.items()}
+    columns = {"clean": {k: 100 - v for k, v in error.items()}}
+    few = dataset.test.take(slice(0, args.corrupted_images))
     if args.corrupted_images:
-        subset = dataset.test.take(slice(0, args.corrupted_images))
-        errors = corrupted_error(networks, subset, precision, args.data_dir, dataset.scale)
+        errors = corruptions.corruption_errors(
+            networks, few, precision, args.data_dir, dataset.scale
+        )
         final |= {f"corrupted/{k}": v for k, v in errors.items()}
-        header.append("corrupted")
-        for row, value in zip(rows, errors.values(), strict=True):
-            row.append(100 - value)
-    record.close(final)
-    print(f"\n{run.table(rows, header)}")
+        columns["corrupted"] = {k: 100 - v for k, v in errors.items()}
+    for name, images in dataset.shortcut_tests.items():
+        errors = {k: run.evaluate(m, images, precision)["error"] for k, m in networks.items()}
+        final |= {f"{name}/{k}": v for k, v in errors.items()}
+        columns[SHOWN[name]] = {k: 100 - v for k, v in errors.items()}
+    rundir.close(final)
+
+    rows = []
+    for key, model in networks.items():
+        title = f"{TITLES[key]} ({args.arch}, {model.spec['norm']})"
+        rows.append([title, *(column[key] for column in columns.values())])
+    print(f"\n{run.table(rows, ['accuracy %, higher is better', *columns])}")
     chosen = "epoch of least validation error" if args.test_domain else "last epoch"
-    what = f"{args.dataset} {args.test_domain or 'test'}, {len(dataset.test.y)} images"
-    print(f"{what}, {chosen}, seed {args.seed}")
+    tested = f"{args.dataset} {args.test_domain or 'test'}, {len(dataset.test)} images"
+    print(f"{tested}, {chosen}, seed {args.seed}")
     if args.corrupted_images:
         texture = corruptions.frost_textures(data_dir=args.data_dir)[1]
-        print(f"corrupted: mean over 15 corruptions x 5 severities, {len(subset.y)} images,")
-        print(f"  generated (seed 0), frost: {texture}")
-    print(f"per corruption: python eval/corruptions.py {record.dir}/last.pt")
+        print(f"corrupted: mean of 15 corruptions x 5 severities, {len(few)} images, generated")
+        print(f"  with seed 0; frost: {texture}")
+    print("\nPaper: without BatchNorm less clean and more corrupted accuracy; CT keeps both.")
+    print(f"Here: {verdict(columns)}")
+    print("\nNext:")
+    print("  tensorboard --logdir runs                              # the curves of this run")
+    print(f"  python eval/corruptions.py {rundir.dir}/last.pt   # each corruption")
+    print("  python ct.py --dataset cifar10 --arch wrn16-1 --epochs 20     # real images")
     return final
+
+
+def verdict(columns):
+    """One sentence made of the table's numbers: who reads the shortcut, or who withstands."""
+    clean, swapped = columns["clean"], columns.get(SHOWN["swapped"])
+    if swapped:
+        words = []
+        for key, title in TITLES.items():
+            if key in swapped:
+                reads = swapped[key] < clean[key] / 2
+                verb = "reads the shortcut" if reads else "looks at the picture"
+                words.append(
+                    f"{title} {verb} ({clean[key]:.1f} % with it, {swapped[key]:.1f} % swapped)"
+                )
+        return "; ".join(words) + "."
+    corrupted = columns.get("corrupted", clean)
+    words = [f"{TITLES[k]} {clean[k]:.1f} / {corrupted[k]:.1f} %" for k in clean]
+    gain = corrupted["student"] - corrupted.get("baseline", corrupted["student"])
+    return f"clean / corrupted: {', '.join(words)}; CT against baseline {gain:+.1f}."
 
 
 if __name__ == "__main__":

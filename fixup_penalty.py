@@ -4,33 +4,33 @@ Paper: Dauphin & Cubuk, "Deconstructing the Regularization of BatchNorm", ICLR 2
 the embedding before the classifier from growing explosively, at the start and in training. A plain
 penalty that does so recovers a large part of its generalisation, about as much as dropout does:
 
-    L = CE(W h, y) + weight * mean_i h_i^2        (or of the logits), over batch and dimensions
+    L = CE(W h, y) + weight * mean_b ||h_b||^2        (or of the logits), over the batch
 
-Fixup (Zhang, Dauphin & Ma, ICLR 2019) keeps it small at the start: the last layer of every residual
-branch and the classifier are zero. A variant is named by its normaliser and words, as none,
-none+penalty, fixup+penalty+dropout, bn, none+glorot. BatchNorm's other effects, in our reading:
+Fixup (Zhang, Dauphin & Ma, ICLR 2019) keeps the embedding small at the start: the last layer of
+every residual branch and the classifier are zero. The paper's claim compares fixup+penalty with
+none. A variant is named by its normaliser and words: none, none+penalty, fixup+penalty+dropout, bn,
+none+glorot. Three more normalisers isolate BatchNorm's other effects, in our reading:
 
     noise          no normaliser, the noise of batch statistics (its law: models.BatchNoise)
     bn-population  BatchNorm with running averages as constants: normalisation without noise
     bn-aux         BatchNorm with the statistics of --aux-batch other images
 
-The text at hand of the paper ends in its introduction. Ours, each an option:
-  1. penalty      --penalty embedding or logits; --penalty-reduction sum is others' ||h||^2
+Only the introduction was available to us. Our choices, each an option:
+  1. penalty      --penalty embedding or logits; summed over dimensions, or --penalty-reduction mean
   2. schedule     cosine, or x0.1 at 1/2 and 3/4 as Fixup's code (--schedule); Nesterov momentum
   3. stem         He like the rest, where Fixup's code has PyTorch's default
   4. clipping     at norm 1 for every variant, for He initialisation without BatchNorm
 
-    python fixup_penalty.py                                      # embedded shapes data, minutes
+    python fixup_penalty.py                                      # embedded data, three minutes
     python fixup_penalty.py --dataset cifar10 --tune --seeds 10  # the paper's protocol, WRN-28-10
-    python fixup_penalty.py --arch wrn16-4 --growth 10,16,28,40  # the final layer at the start
+    python fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1 --epochs 40
 """
 
 import argparse
-import copy
 import itertools
-import re
+import math
 import statistics
-import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,63 +39,80 @@ from common import corruptions, data, models, run
 
 # --- options ------------------------------------------------------------------------------------
 
-DEFAULTS = {  # per data set: arch, epochs, validation images of --tune
-    "shapes": ("resnet8", 8, 1000),
-    "cifar10": ("wrn28", 200, 5000),
-    "cifar100": ("wrn28", 200, 5000),
-    "svhn": ("wrn28", 200, 3257),
-    "photographs": ("resnet50", 90, 10_000),  # every tree of images
-}
-VARIANTS = ["none", "none+penalty", "fixup+penalty", "bn"]
+DEFAULTS = {
+    "shapes": {
+        "arch": "resnet8", "epochs": 100, "val_size": 1000, "limit": 500, "augment": False,
+        "eval_every": 5,
+    },
+    "cifar10": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
+    "cifar100": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
+    "svhn": {"arch": "wrn28", "epochs": 200, "val_size": 3257, "eval_every": 5},
+    "folders": {"arch": "resnet50", "epochs": 90, "val_size": 10_000, "eval_every": 5},
+}  # fmt: skip
+VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
 PENALTIES, INITS = ("penalty", "embedding", "logits"), ("he", "glorot")
+TUNED = {  # the values that --tune tries
+    "lr": (0.03, 0.1, 0.3), "penalty_weight": (1e-4, 1e-3, 1e-2, 1e-1), "dropout": (0.1, 0.3, 0.5),
+}  # fmt: skip
 
 
 def parse_args(argv=None):
-    parser, floats = run.Parser(__file__, __doc__), run.listed(run.positive(float))
+    parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
-    group = parser.add_argument_group("model and optimisation")
-    group.add_argument("--arch", help="default: resnet8, wrn28 (WRN-28-10), resnet50 by data")
-    group.add_argument("--epochs", type=run.positive(int), help="default: 8, 200, 90 by data")
-    group.add_argument("--batch-size", type=run.positive(int), default=128)
-    group.add_argument("--lr", type=run.positive(float), default=0.1, help="peak rate")
-    group.add_argument("--scalar-lr", type=run.positive(float), default=0.1, help="Fixup's, x lr")
-    group.add_argument("--schedule", default="cosine", choices=["cosine", "steps"])
-    group.add_argument("--warmup", type=run.nonnegative(float), default=1.0, help="epochs")
-    group.add_argument("--momentum", type=run.nonnegative(float), default=0.9)
-    group.add_argument("--weight-decay", type=run.nonnegative(float), default=5e-4)
-    group.add_argument("--clip", type=run.nonnegative(float), default=1.0, help="norm; 0: none")
-    group.add_argument("--mixup", type=run.nonnegative(float), default=0.0, help="alpha; 0: none")
-    group = parser.add_argument_group("method")
-    group.add_argument("--variants", type=run.listed(str), help=f"default: {','.join(VARIANTS)}")
-    group.add_argument("--norm", help=f"one variant only: {', '.join(models.NORMS)}")
-    group.add_argument("--init", choices=["he", "glorot", "fixup"], help="default: he, fixup")
-    group.add_argument("--penalty", default="none", choices=["embedding", "logits", "none"])
-    group.add_argument("--penalty-weight", type=run.nonnegative(float), default=0.01)
-    group.add_argument("--penalty-reduction", default="mean", choices=["mean", "sum"])
-    group.add_argument("--dropout", type=run.fraction, default=0.0, help="+dropout: 0 means 0.3")
-    group.add_argument("--aux-batch", type=run.positive(int), default=1024, help="of bn-aux")
-    group.add_argument("--noise-batch", type=run.positive(int), help="default: --batch-size")
-    group.add_argument("--seeds", type=run.positive(int), default=1, help="report their median")
-    group.add_argument("--tune", action="store_true", help="on --val-size images; then use all")
-    group.add_argument("--tune-lrs", type=floats, default=[0.03, 0.1, 0.3])
-    group.add_argument("--tune-weights", type=floats, default=[0.001, 0.01, 0.1])
-    group.add_argument("--tune-dropouts", type=run.listed(run.fraction), default=[0.1, 0.3, 0.5])
-    group.add_argument("--tune-epochs", type=run.positive(int), help="default: --epochs")
-    group.add_argument("--growth", type=run.listed(run.positive(int)), metavar="DEPTH,DEPTH")
-    group.add_argument("--growth-epochs", type=run.nonnegative(int), default=0)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-every", type=run.positive(int), default=5, help="epochs")
+    parser.set_defaults(limit=None, augment=None)
+    group = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0)
     group.add_argument(
-        "--corrupted-images", type=run.nonnegative(int), default=500, metavar="N",
-        help="test images for the corrupted column of the table at the end; 0: leave it out",
+        "--scalar-lr", type=run.positive(float), default=0.1,
+        help="learning-rate factor for Fixup's scalar biases and multipliers",
     )  # fmt: skip
+    group.add_argument(
+        "--schedule", default="cosine", choices=["cosine", "steps"],
+        help="of the learning rate; steps: x0.1 at 1/2 and 3/4",
+    )  # fmt: skip
+    group.add_argument(
+        "--mixup", type=run.nonnegative(float), default=0.0, help="its alpha; 0 is none"
+    )
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})"
+    )
+    group.add_argument(
+        "--norm", help=f"one variant only (default: --variants): {', '.join(models.NORMS)}"
+    )
+    group.add_argument(
+        "--init", choices=["he", "glorot", "fixup"],
+        help="start of the weights (default: fixup for norm fixup, else he)",
+    )  # fmt: skip
+    group.add_argument(
+        "--penalty", default="none", choices=["embedding", "logits", "none"],
+        help="what +penalty keeps small; none means the embedding where a variant has +penalty",
+    )  # fmt: skip
+    group.add_argument(
+        "--penalty-weight", type=run.nonnegative(float), default=0.01, help="factor of the penalty"
+    )
+    group.add_argument(
+        "--penalty-reduction", default="sum", choices=["mean", "sum"], help="over dimensions"
+    )
+    group.add_argument(
+        "--dropout", type=run.fraction, default=0.0,
+        help="rate for variants with +dropout; 0 means 0.3 there",
+    )  # fmt: skip
+    group.add_argument(
+        "--aux-batch", type=run.positive(int), default=1024, help="images of bn-aux's statistics"
+    )
+    group.add_argument(
+        "--tune", action="store_true",
+        help="choose rate, weight and dropout on a validation split, then train on all images",
+    )  # fmt: skip
+    run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser)
+    parser.add_argument("--growth", help=argparse.SUPPRESS)
     args = run.parse(parser, argv)
-    defaults = DEFAULTS.get(args.dataset.removesuffix(".1"), DEFAULTS["photographs"])
-    arch, epochs, val_size = defaults
-    args.arch, args.epochs = args.arch or arch, args.epochs or epochs
-    args.tune_epochs = args.tune_epochs or args.epochs
-    args.val_size = args.val_size or (val_size if args.tune else 0)
+    if args.growth:
+        raise run.UserError(f"--growth: python eval/growth.py --depths {args.growth}")
+    row = run.defaults_for(DEFAULTS, args.dataset)
+    run.fill(args, {"limit": 0, "augment": True} | row)
+    args.val_size = args.val_size or (row["val_size"] if args.tune else 0)
     if args.norm:
         words = [args.penalty] * (args.penalty != "none") + ["dropout"] * (args.dropout > 0)
         single = ["+".join([args.norm, *words])]
@@ -108,8 +125,6 @@ def parse_args(argv=None):
         raise run.UserError("--dropout: no variant has +dropout")
     if args.penalty != "none" and not words & set(PENALTIES):
         raise run.UserError(f"--penalty {args.penalty}: no variant has +penalty")
-    if args.growth and (args.tune or args.seeds > 1):
-        raise run.UserError("--growth: of one seed and fixed options, without --tune and --seeds")
     return args
 
 
@@ -120,12 +135,17 @@ def options_of(name, args):
     if norm not in models.NORMS or not set(words) <= set(known):
         text = f"({', '.join(models.NORMS)}), then any of +{', +'.join(known)}"
         raise run.UserError(f"variant {name}: must be one normaliser {text}")
-    own = argparse.Namespace(**vars(args) | {"norm": norm})
-    kind, start = args.penalty, args.init or ("fixup" if norm == "fixup" else "he")
-    kinds = {"penalty": "embedding" if kind == "none" else kind}
-    own.penalty = next((kinds.get(w, w) for w in words if w in PENALTIES), "none")
-    own.dropout = (args.dropout or 0.3) if "dropout" in words else 0.0
-    own.init = next((w for w in words if w in INITS), start)
+    own = run.changed(args, norm=norm, penalty="none", dropout=0.0)
+    own.init = args.init or ("fixup" if norm == "fixup" else "he")
+    for word in words:
+        if word == "penalty":
+            own.penalty = "logits" if args.penalty == "logits" else "embedding"
+        elif word == "dropout":
+            own.dropout = args.dropout or 0.3
+        elif word in PENALTIES:
+            own.penalty = word
+        else:
+            own.init = word
     if norm == "fixup" and own.init != "fixup":
         raise run.UserError(f"variant {name}: fixup is an initialisation; --init {own.init} is not")
     if own.init == "fixup" and norm not in ("fixup", "none", "noise"):
@@ -139,73 +159,65 @@ def options_of(name, args):
 
 
 def penalty(kind, h, logits, reduction):
-    """Mean over samples of the mean (or sum) over dimensions of h^2 (N,D) or logits^2 (N,K)."""
+    """Mean over samples of the sum (or mean) over dimensions of h^2 (N,D) or logits^2 (N,K)."""
     if kind == "none":
         return torch.zeros((), device=h.device)
     squares = (h if kind == "embedding" else logits).square()
     return squares.mean() if reduction == "mean" else squares.sum(1).mean()
 
 
-def objective(net, x, y, args):
-    """(CE, penalty before its weight, logits, embedding, labels) of this process's share of one
-    batch. Mixup is one Beta(alpha, alpha) share per global batch; it and dropout draw from the
-    global generators."""
-    other = y
-    if args.mixup:
-        share = torch.distributions.Beta(args.mixup, args.mixup).sample().item()
-        partner = torch.randperm(len(y)).to(y.device)
-        x, other = share * x + (1 - share) * x[partner], y[partner]
-    x, y, other = run.share(x, y, other)
-    logits, h = net(x, with_features=True, dropout=args.dropout)
-    ce = F.cross_entropy(logits, y)
-    if args.mixup:
-        ce = share * ce + (1 - share) * F.cross_entropy(logits, other)
-    return ce, penalty(args.penalty, h, logits, args.penalty_reduction), logits, h, y
+def mixup(x, y, alpha, seed, step):
+    """Images mixed with a permutation of the global batch, both labels, and the first's share.
+
+    One Beta(alpha, alpha) share per batch (Zhang et al. 2018). Returns this process's rows."""
+    rng = run.generator(seed, "mixup", step)
+    gammas = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=rng)
+    share = (gammas[0] / gammas.sum()).item()
+    partner = torch.randperm(len(y), generator=rng).to(y.device)
+    mixed = share * x + (1 - share) * x[partner]
+    own = run.rows(len(y))
+    return mixed[own], y[own], y[partner][own], share
 
 
 def build(args, dataset, device):
     """A network for this run; its weights depend on the seed and the variant alone."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
     model = models.build(args.arch, args.norm, **dataset.model_kwargs)
-    getattr(models, f"init_{args.init}")(model)
+    models.INITS[args.init](model)
     for module in model.modules():
         if isinstance(module, models.BatchNoise):
-            module.images = args.noise_batch
+            module.images = args.batch_size
     return model.to(device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model, args):
-    """SGD. Fixup's scalars, and its classifier's bias as in its code, are a group of their own at
-    --scalar-lr times the rate; weight decay is on all, as there."""
+def parameter_groups(model, args):
+    """Fixup's scalars, and its classifier's bias as in its code, learn at --scalar-lr times the
+    rate. Weight decay is on all parameters, as there."""
     groups = {1.0: [], args.scalar_lr: []}
     for name, parameter in model.named_parameters():
         scalar = args.norm == "fixup" and ("bias" in name or "scale" in name)
         groups[args.scalar_lr if scalar else 1.0].append(parameter)
-    groups = [{"params": group, "rate": rate} for rate, group in groups.items() if group]
-    rest = {"weight_decay": args.weight_decay, "nesterov": args.momentum > 0}
-    return torch.optim.SGD(groups, args.lr, args.momentum, **rest)
-
-
-def first_images(images, count):
-    """So many, mixed, for trees are in the order of their classes; float (N,3,S,S)."""
-    return run.to_float(images.take(data.shuffled(len(images.y))[:count]).x)
-
-
-@torch.no_grad()
-def sizes(model, x):
-    """Mean squares in training mode on images x: of the embedding, the logits and, in order, the
-    output of every residual block. The model itself is left as it was."""
-    model, blocks = copy.deepcopy(model).train(), []
-    models.measure_statistics(model, x)
-    for module in model.modules():
-        if hasattr(module, "branch"):
-            module.register_forward_hook(lambda m, i, out: blocks.append(out.square().mean()))
-    logits, h = model(x, with_features=True)
-    values = torch.stack([h.square().mean(), logits.square().mean(), *blocks]).tolist()
-    return {"embedding": values[0], "logits": values[1], "blocks": values[2:]}
+    return [{"params": own, "lr_scale": scale} for scale, own in groups.items() if own]
 
 
 # --- training -----------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What a network is trained and held out on."""
+
+    batches: data.Batches
+    held_out: data.Images
+    auxiliary: data.Batches  # other images, for bn-aux
+
+
+def make_task(dataset, args):
+    rest = args.augment, dataset.flip
+    whole = args.mixup > 0  # mixed with rows of other processes
+    batches = data.Batches(dataset.train, args.batch_size, args.seed, *rest, whole=whole)
+    size = min(args.aux_batch, len(dataset.train))
+    auxiliary = data.Batches(dataset.train, size, f"{args.seed}-aux", *rest)
+    return Task(batches, dataset.val or dataset.test, auxiliary)
 
 
 def lr_at(step, total, peak, warmup, schedule="cosine"):
@@ -214,204 +226,165 @@ def lr_at(step, total, peak, warmup, schedule="cosine"):
         return peak * (step + 1) / warmup
     if schedule == "steps":
         return peak * 0.1 ** ((2 * step >= total) + (4 * step >= 3 * total))
-    angle = torch.pi * (step - warmup) / max(total - warmup, 1)
-    return 0.5 * peak * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item())
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-def train(stage, file, args, dataset, record, precision, device):
-    """Build and train the network of `args`; return it and its final metrics. stage: the prefix of
-    its scalars; file: its checkpoint, from which it goes on (or is skipped) when resumed."""
-    model = build(args, dataset, device)
-    settings = args.augment, dataset.flip, not args.mixup  # mixed with rows of other processes
-    batches = data.Batches(dataset.train, args.batch_size, args.seed, *settings)
-    if args.norm == "bn-aux":
-        size = min(args.aux_batch, len(dataset.train.y))
-        aux = data.Batches(dataset.train, size, f"{args.seed}-aux", *settings)
-    total, warmup = args.epochs * batches.per_epoch, round(args.warmup * batches.per_epoch)
-    optimizer = make_optimizer(model, args)
-    guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, total)
-    net, metrics = guard.net, guard.state.get("metrics", {})
-    if not guard.start:
-        few = first_images(dataset.train, args.batch_size)
-        found = sizes(model, few)
-        record.scalars(0, {f"{stage}/{k}": found[k] for k in ("embedding", "logits")})
-        record.record(stage=stage, epoch=0, step=0, **found)
-    sums, count, clock = torch.zeros(6, device=device), 0, time.perf_counter()
-    for step in range(guard.start, total):
-        model.train()
-        lr = lr_at(step, total, args.lr, warmup, args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
-        torch.manual_seed(run.seed_key(args.seed, "step", step))  # noise, as a function of it
-        x, y = batches(step)
+def train(stage, model, args, task, rundir, precision):
+    """Train `model` in place on cross-entropy + weight * penalty. Returns its last metrics."""
+    optimizer = torch.optim.SGD(
+        parameter_groups(model, args), args.lr, args.momentum, weight_decay=args.weight_decay,
+        nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
+    )  # fmt: skip
+    loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
+    warmup = round(args.warmup * task.batches.per_epoch)
+    for step in loop:
+        x, y = task.batches(step)
+        if args.mixup:
+            x, y, other, share = mixup(x, y, args.mixup, args.seed, step)
+
         with precision.autocast():
             if args.norm == "bn-aux":
-                models.measure_statistics(model, aux(step)[0])
-            ce, extra, logits, h, y = objective(net, x, y, args)
-        loss = ce + args.penalty_weight * extra
-        optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
-        correct = (logits.detach().argmax(1) == y).float().mean()
-        squares = [z.detach().square().mean() for z in (h, logits)]
-        if guard.fine(step, lr, loss, norm):
-            precision.scaler.step(optimizer)
-            norm = norm.nan_to_num(0, 0, 0)  # of steps that the fp16 scaler leaves out
-            sums += torch.stack([ce.detach(), extra.detach(), correct, norm, *squares])
-            count += 1
-        precision.scaler.update()
+                models.measure_statistics(model, task.auxiliary(step)[0])
+            logits, h = loop.net(x, with_features=True, dropout=args.dropout)
+        loss_cls = F.cross_entropy(logits, y)
+        if args.mixup:
+            loss_cls = share * loss_cls + (1 - share) * F.cross_entropy(logits, other)
+        extra = penalty(args.penalty, h, logits, args.penalty_reduction)
+        loss = loss_cls + args.penalty_weight * extra
 
-        done = step + 1
-        if done % args.log_every == 0 or done % batches.per_epoch == 0 or done == total:
-            guard.check()  # sync point
-            ce, extra, correct, norm, *squares = run.mean(sums / max(count, 1)).tolist()
-            rate = count * args.batch_size / (time.perf_counter() - clock)
-            values = {"loss": ce, "accuracy": 100 * correct, "grad_norm": norm, "lr": lr}
-            values |= {"images_per_s": rate, "penalty": extra}
-            values |= {"embedding": squares[0], "logits": squares[1]}
-            record.scalars(done, {f"{stage}/{k}": v for k, v in values.items()})
-            text = f"{stage} epoch {done / batches.per_epoch:.1f}/{args.epochs}  loss {ce:.3f}"
-            text += f"  train {100 * correct:.1f} %  {rate:.0f} img/s"
-            record.progress(done, total, text)
-            sums, count, clock = torch.zeros_like(sums), 0, time.perf_counter()
-        if done % batches.per_epoch == 0:
-            epoch = done // batches.per_epoch
-            evaluated = epoch % args.eval_every == 0 or done == total
-            if evaluated:
-                metrics = run.evaluate(model, *(dataset.val or dataset.test), precision)
-                metrics |= {"embedding": squares[0], "logits": squares[1]}
-                record.scalars(done, {f"{stage}/error": metrics["error"]})
-                text += f"  error {metrics['error']:.2f}"
-            fresh = metrics if evaluated else {}
-            record.record(stage=stage, epoch=epoch, step=done, loss=ce, penalty=extra, eval=fresh)
-            record.progress(done, total, text, done=True)
-            clock = time.perf_counter()
-        guard.save(done, stage=stage, metrics=metrics, dataset=args.dataset)
-    return model.eval(), metrics
+        loop.backward(loss)
+        lr = lr_at(step, loop.total, args.lr, warmup, args.schedule)
+        loop.step(lr, args.clip)
+        embedding, output = h.detach().square().mean(), logits.detach().square().mean()
+        loop.log(
+            loss=loss_cls, penalty=extra, accuracy=run.accuracy(logits, y),
+            embedding=embedding, logits=output,
+        )  # fmt: skip
+
+        if loop.evaluates:
+            error = run.evaluate(model, task.held_out, precision)["error"]
+            size = loop.means["embedding"]
+            loop.report(error=error, train_accuracy=loop.means["accuracy"], final_layer=size)
+    return loop.metrics
 
 
-def tune(name, own, record, *rest):
-    """The options of a variant with the rate, weight and dropout of least validation error (a
-    trial that diverges: 100 %), and no validation split."""
-    weights = own.tune_weights if own.penalty != "none" else [own.penalty_weight]
-    dropouts = own.tune_dropouts if own.dropout else [0.0]
+def log_start(stage, model, dataset, args, rundir):
+    """Mean squares of the embedding, the logits and every block before the first step."""
+    if not (rundir.dir / rundir.file(stage)).exists():
+        order = torch.randperm(len(dataset.train), generator=run.generator(0, "test order"))
+        few = dataset.train.take(order[: args.batch_size])
+        found = models.mean_squares(model, run.to_float(few.x))
+        rundir.scalars(stage, 0, {k: found[k] for k in ("embedding", "logits")})
+        rundir.log(stage=stage, epoch=0, step=0, **found)
+
+
+def tune(name, own, dataset, rundir, precision):
+    """The options of a variant with the rate, weight and dropout of least validation error; a
+    trial that diverges counts as 100 %."""
+    values = [TUNED["lr"]]
+    values.append(TUNED["penalty_weight"] if own.penalty != "none" else (own.penalty_weight,))
+    values.append(TUNED["dropout"] if own.dropout else (0.0,))
     trials = []
-    for values in itertools.product(own.tune_lrs, weights, dropouts):
-        chosen = dict(zip(("lr", "penalty_weight", "dropout"), values, strict=True))
-        trial = argparse.Namespace(**vars(own) | chosen | {"epochs": own.tune_epochs})
-        title = f"tune-{name}-" + "-".join(f"{v:g}" for v in values)
+    for lr, weight, dropout in itertools.product(*values):
+        chosen = {"lr": lr, "penalty_weight": weight, "dropout": dropout}
+        trial = run.changed(own, **chosen)
+        title = f"tune-{name}-{lr:g}-{weight:g}-{dropout:g}"
+        model = build(trial, dataset, precision.device)
         try:
-            error = train(title, f"{title}.pt", trial, *rest)[1]["error"]
+            task = make_task(dataset, trial)
+            error = train(title, model, trial, task, rundir, precision)["error"]
         except run.Diverged:
             error = 100.0
-        record.record(event="trial", variant=name, val_error=error, **chosen)
+        rundir.log(event="trial", variant=name, val_error=error, **chosen)
         trials.append((error, chosen))
     error, chosen = min(trials, key=lambda trial: trial[0])
-    record.record(event="tuned", variant=name, val_error=error, **chosen)
+    rundir.log(event="tuned", variant=name, val_error=error, **chosen)
     print(f"{name}: validation error {error:.2f} % with {chosen}")
-    return argparse.Namespace(**vars(own) | chosen)
+    return run.changed(own, **chosen)
 
 
 # --- main ---------------------------------------------------------------------------------------
-
-
-def growth(variants, archs, dataset, record, precision, device):
-    """Table of `sizes` of every variant at every depth, at the start and after --growth-epochs (the
-    penalty acts in training only). Returns {when/what/variant/arch: value}."""
-    rows, final = [], {}
-    for (name, own), own.arch in itertools.product(variants.items(), archs):
-        few, own.epochs = first_images(dataset.train, own.batch_size), own.growth_epochs
-        found, key = {"start": sizes(build(own, dataset, device), few)}, f"{name}-{own.arch}"
-        if own.epochs:
-            model, _ = train(key, f"{key}.pt", own, dataset, record, precision, device)
-            found["later"] = sizes(model, few)
-        rows.append([f"{name} {own.arch}"])
-        for when, what in itertools.product(found, ("embedding", "logits")):
-            final[f"{when}/{what}/{name}/{own.arch}"] = value = found[when][what]
-            rows[-1].append(f"{value:.3g}")
-            record.scalars(own.growth[archs.index(own.arch)], {f"{when}_{what}/{name}": value})
-        record.record(event="growth", variant=name, arch=own.arch, **found)
-    record.close(final)
-    header = ["mean square", *["embedding", "logits"] * len(found)]
-    print(f"\n{run.table(rows, header)}\nat the start, then after {own.epochs} epochs")
-    return final
-
-
-def corrupted_error(networks, images, precision, data_dir, scale=None):
-    """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
-    sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
-    index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
-    for name in corruptions.NAMES:
-        for severity in range(1, 6):
-            options = {"index": index, "data_dir": data_dir, "scale": scale}
-            x = corruptions.corrupt(mine.x, name, severity, **options)
-            for key, model in networks.items():
-                sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
-    return {key: value / 75 for key, value in sums.items()}
 
 
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
-    # Whatever may refuse an option comes before the run directory.
     variants = {name: options_of(name, args) for name in args.variants}
-    archs = [re.sub(r"\d+", str(d), args.arch, count=1) for d in args.growth or ()] or [args.arch]
-    for own, own.arch in itertools.product(variants.values(), archs):
+    for own in variants.values():
         build(own, dataset, device)
-    data.Batches(dataset.train, args.batch_size, args.seed)
-    tags = [f"{k}/{name}" for k in ("error", "corrupted") for name in variants]
-    record = run.Run(args, __file__, tags)
-    if args.growth:
-        return growth(variants, archs, dataset, record, precision, device)
-    # One chart per quantity with the curves of all variants, in TensorBoard's CUSTOM SCALARS.
+    make_task(dataset, args)
     seeds = range(args.seed, args.seed + args.seeds)
-    stages = {f"{name}-s{seed}": (name, seed) for name in variants for seed in seeds}
-    charts = ("loss", "accuracy", "error", "embedding", "logits", "penalty")
-    charts = {k: [f"{stage}/{k}" for stage in stages] for k in charts}
-    run.custom_scalars(record.writer, charts)
-    if args.tune:
-        rest = (dataset, record, precision, device)
-        variants = {name: tune(name, own, record, *rest) for name, own in variants.items()}
-        dataset = data.from_args(args, device, val_size=0)
-    networks, results = {}, {}
-    for stage, (name, seed) in stages.items():
-        own = argparse.Namespace(**vars(variants[name]) | {"seed": seed})
-        file = f"{stage}.pt" if len(stages) > 1 else "last.pt"
-        networks[stage], values = train(stage, file, own, dataset, record, precision, device)
-        results[stage] = values | run.evaluate(networks[stage], *dataset.test, precision)
-    if args.corrupted_images:
-        subset = dataset.test.take(slice(0, args.corrupted_images))
-        errors = corrupted_error(networks, subset, precision, args.data_dir, dataset.scale)
-        for stage, value in errors.items():
-            results[stage]["corrupted"] = value
+    suffix = {seed: f"-s{seed}" if args.seeds > 1 else "" for seed in seeds}
+    last = args.variants[0] if len(variants) * args.seeds == 1 else None
+    results = ("error", "corrupted", "train_accuracy", "final_layer")
+    rundir = run.RunDir(args, __file__, precision, last, results)  # from here on files appear
 
-    final, rows = {}, []
-    columns = ["error", "corrupted"] if args.corrupted_images else ["error"]
-    for name, key in itertools.product(variants, [*columns, "embedding", "logits"]):
-        values = [results[stage][key] for stage, (own, _) in stages.items() if own == name]
-        final[f"{key}/{name}"] = statistics.median(values)
-        record.record(event="result", variant=name, metric=key, values=values)
-    for name, key in itertools.product(variants, columns):  # share of the way from none to bn
-        none, own, bn = (final.get(f"{key}/{n}") for n in ("none", name, "bn"))
-        if None not in (none, bn) and none != bn:
-            final[f"{key}_recovered/{name}"] = 100 * (none - own) / (none - bn)
-    record.close(final)
-    for name in variants:
-        shares = [final.get(f"{key}_recovered/{name}") for key in columns]
-        rows.append([name, *(100 - final[f"{key}/{name}"] for key in columns)])
-        rows[-1] += ["-" if share is None else f"{share:.0f} %" for share in shares]
-        rows[-1] += [f"{final[f'{key}/{name}']:.3g}" for key in ("embedding", "logits")]
-    header = ["clean", *columns[1:], *["of gap"] * len(columns), "embedding", "logits"]
-    print(f"\n{run.table(rows, ['median accuracy %', *header])}")
-    print(f"{args.dataset} test, {len(dataset.test.y)} images, last epoch, seeds {list(seeds)}")
+    if args.tune:
+        variants = {k: tune(k, own, dataset, rundir, precision) for k, own in variants.items()}
+        dataset = data.from_args(args, device, val_size=0)
+    networks, metrics = {}, {}
+    for (name, own), seed in itertools.product(variants.items(), seeds):
+        own = run.changed(own, seed=seed)
+        stage = name + suffix[seed]
+        networks[stage] = build(own, dataset, device)
+        task = make_task(dataset, own)
+        log_start(stage, networks[stage], dataset, args, rundir)
+        metrics[stage] = train(stage, networks[stage], own, task, rundir, precision)
+    return report(networks, metrics, variants, suffix, dataset, args, rundir, precision)
+
+
+def report(networks, metrics, variants, suffix, dataset, args, rundir, precision):
+    """Print the table of medians over seeds; returns {"<metric>/<variant>": median}."""
+    for stage, model in networks.items():
+        metrics[stage]["error"] = run.evaluate(model, dataset.test, precision)["error"]
+    run.warn_of_chance({k: 100 - m["error"] for k, m in metrics.items()}, len(dataset.classes))
+    shown = {"train %": "train_accuracy", "test %": "error"}
     if args.corrupted_images:
-        texture = corruptions.frost_textures(data_dir=args.data_dir)[1]
-        print(f"corrupted: mean over 15 corruptions x 5 severities, {len(subset.y)} images,")
-        print(f"  generated (seed 0), frost: {texture}")
-    print("of gap: share of the way from none to bn; embedding, logits: mean square at the end")
+        few = dataset.test.take(slice(0, args.corrupted_images))
+        errors = corruptions.corruption_errors(
+            networks, few, precision, args.data_dir, dataset.scale
+        )
+        for stage, value in errors.items():
+            metrics[stage]["corrupted"] = value
+        shown["corrupted %"] = "corrupted"
+    shown["final layer"] = "final_layer"
+    final, rows = {}, []
+    for name in variants:
+        row = [name]
+        for key in shown.values():
+            values = [metrics[name + end][key] for end in suffix.values()]
+            final[f"{key}/{name}"] = statistics.median(values)
+            rundir.log(event="result", variant=name, metric=key, values=values)
+            is_error = key in ("error", "corrupted")
+            row.append(100 - statistics.median(values) if is_error else statistics.median(values))
+        rows.append(row)
+    rundir.close(final)
+    print(f"\n{run.table(rows, ['variant', *shown])}")
+    print("train, test, corrupted: accuracy, higher is better; final layer: mean square of the")
+    print("embedding at the end of training, the growth that BatchNorm prevents")
+    print(f"{args.dataset}, {len(dataset.train)} training images, {len(dataset.test)} test images,")
+    print(f"  last epoch, median of seeds {list(suffix)}")
+    print("\nPaper: Fixup and the penalty bring a large part of BatchNorm's test accuracy back.")
+    print(f"Here: {verdict(final)}")
+    print("\nNext:\n  tensorboard --logdir runs     # growth of the final layer, tag embedding")
+    print("  python fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1")
     return final
+
+
+def verdict(final):
+    """A sentence made of the table: how much of the gap between none and bn comes back."""
+    none, bn = final.get("error/none"), final.get("error/bn")
+    if none is None or bn is None:
+        return "the sentence needs the variants none and bn."
+    words = []
+    for key, error in final.items():
+        name = key.removeprefix("error/")
+        if key.startswith("error/") and name not in ("none", "bn"):
+            words.append(f"{name} {none - error:+.1f}")
+    text = f"test accuracy against none: bn {none - bn:+.1f} points, {', '.join(words)}"
+    sizes = [final.get(f"final_layer/{name}") for name in ("none", "bn")]
+    return f"{text}; final layer {sizes[0]:.3g} without BatchNorm, {sizes[1]:.3g} with it."
 
 
 if __name__ == "__main__":

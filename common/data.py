@@ -65,6 +65,10 @@ class DataSet:
         return min((32, 64, 224), key=lambda size: abs(size - self.image_size))
 
     @property
+    def shortcut_tests(self):
+        return {}
+
+    @property
     def model_kwargs(self):
         """What `models.build` wants to know of the data."""
         keys = {"num_classes": len(self.classes), "image_size": self.image_size}
@@ -467,7 +471,9 @@ class Batches:
     are the same on every device, and go to the device in one transfer.
     """
 
-    def __init__(self, images, batch_size, seed, augment=True, flip=True, share=False):
+    def __init__(self, images, batch_size, seed, augment=True, flip=True, share=True, whole=False):
+        share = not whole
+        self.whole = whole
         if batch_size > len(images.y):
             raise UserError(f"--batch-size {batch_size}: there are only {len(images.y)} images")
         self.images, self.batch_size, self.seed, self.augment = images, batch_size, seed, augment

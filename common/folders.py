@@ -534,6 +534,9 @@ class Images(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
 
+    def __len__(self):
+        return len(self.y)
+
     def take(self, rows):
         """Tensors of an index or slice; files are decoded, without the unreadable ones."""
         if isinstance(self.x, Files):

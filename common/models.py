@@ -12,6 +12,7 @@ without branches is He fan-in. Warm-up and gradient clipping are the scripts' pa
 """
 
 import argparse
+import copy
 import re
 from functools import partial
 from pathlib import Path
@@ -1144,3 +1145,62 @@ def for_evaluation(args, device):
     if len(found) > 1:
         raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
     return networks, found[0]
+
+
+INITS = {"he": init_he, "glorot": init_glorot, "fixup": init_fixup}
+
+
+def load_pretrained(model, file):
+    """Give `model` the backbone of ImageNet weights. Without BatchNorm it gets the convolutions
+    with BatchNorm folded in: the same function of an image as the other's in evaluation mode."""
+    arch, norm = model.spec["arch"], model.spec["norm"]
+    if norm not in ("bn", "none") or arch not in IMAGENET_RESNETS:
+        known = ", ".join(IMAGENET_RESNETS)
+        raise UserError(f"--pretrained: for {known} with norm bn or none, not {arch}, {norm}")
+    if file == "torchvision":
+        from torchvision.models import get_model_weights
+
+        url = get_model_weights(arch).IMAGENET1K_V1.url
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        if not file.is_file():
+            raise UserError(f"--pretrained: no {file}; put {url} there, or name a file")
+    from common.attacks import folded as _folded
+
+    source = build(arch, "bn", 1000, 224)
+    load_foreign(source, run.load_checkpoint(file, foreign=True))
+    modules, weights = dict(source.named_modules()), source.state_dict()
+    if norm == "none":
+        weights = {}
+        for name in [n for n, m in modules.items() if isinstance(m, nn.Conv2d)]:
+            shortcut = name.removesuffix("downsample.0") + "downsample.1"
+            follows = shortcut if "downsample" in name else name.replace("conv", "bn")
+            pair = _folded(modules[name], modules[follows])
+            weights[f"{name}.weight"], weights[f"{name}.bias"] = pair
+    own = model.state_dict()
+    weights = {k: v for k, v in weights.items() if not k.startswith(("fc.", "normalize."))}
+    try:
+        model.load_state_dict(own | weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:100]
+        raise UserError(f"--pretrained: {arch} for this image size differs: {reason}") from None
+
+
+def copy_matching_weights(source, target):
+    """Give `target` the weights of `source` that have the same names and shapes."""
+    shapes = {k: v.shape for k, v in target.state_dict().items()}
+    weights = {k: v for k, v in source.state_dict().items() if v.shape == shapes.get(k)}
+    target.load_state_dict(weights, strict=False)
+
+
+@torch.no_grad()
+def mean_squares(model, x):
+    """Mean squares in training mode on images x: of the embedding, the logits and, in order, the
+    output of every residual block. The model itself is left as it was."""
+    model, blocks = copy.deepcopy(model).train(), []
+    measure_statistics(model, x)
+    for module in model.modules():
+        if hasattr(module, "branch"):
+            module.register_forward_hook(lambda m, i, out: blocks.append(out.square().mean()))
+    logits, h = model(x, with_features=True)
+    values = torch.stack([h.square().mean(), logits.square().mean(), *blocks]).tolist()
+    return {"embedding": values[0], "logits": values[1], "blocks": values[2:]}

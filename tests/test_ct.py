@@ -15,7 +15,7 @@ from common import data, run
 from common.run import UserError
 
 FAST = "--arch resnet8 --epochs 2 --batch-size 32 --corrupted-images 10".split()
-FAST += "--precision fp32 --device cpu".split()
+FAST += "--precision fp32 --device cpu --dataset shapes".split()
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +52,13 @@ def test_full_run(finished):
     files = {"teacher.pt": "none", "baseline.pt": "bn", "last.pt": "bn"}
     for name, norm in files.items():
         checkpoint = run.load_checkpoint(out / name)
-        assert checkpoint["norm"] == norm and checkpoint["step"] == 6
+        assert checkpoint["norm"] == norm
+        assert checkpoint["step"] == checkpoint["total"] == (12 if norm == "none" else 6)
         assert checkpoint["args"]["lam"] == 1 and checkpoint["method"] == "ct"
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [x["stage"] for x in lines if "stage" in x] == [s for s in stages for _ in range(2)]
+    assert [x["stage"] for x in lines if "stage" in x] == [
+        *["teacher"] * 4, *["baseline"] * 2, *["student"] * 2
+    ]  # fmt: skip
     assert all(math.isfinite(x["loss"]) for x in lines if "stage" in x)
 
 
@@ -80,7 +83,7 @@ def test_given_teacher_is_the_trained_one_and_stays_frozen(finished, tmp_path):
 def test_resume_is_exact(finished, tmp_path, monkeypatch, stop):
     """Interrupted after the first epoch of a stage and resumed: the same weights, bit for bit."""
     out, _ = finished
-    real = run.Run.save
+    real = run.RunDir.save
 
     def save(self, name, checkpoint):
         real(self, name, checkpoint)
@@ -88,7 +91,7 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, stop):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "save", save)
+        patch.setattr(run.RunDir, "save", save)
         train(tmp_path / "r", "--lam", "1")
     args = ct.parse_args(["--resume", str(tmp_path / "r")])
     assert args.epochs == 2 and args.batch_size == 32

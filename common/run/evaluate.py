@@ -63,12 +63,15 @@ def metrics(logits, y, bins=15):
     return metrics_of(counts(logits, y, bins))
 
 
-def evaluate(model, x, y, precision=None, batch_size=500, mine=False):
+def evaluate(model, x, y=None, precision=None, batch_size=500, mine=False):
     """`metrics` of the model on images x (N,3,H,W) with labels y (N,). Percent and nats.
 
     All processes call it and get the same; each takes a share of the images. mine: x and y are this
     process's share already (`rows`).
     """
+    if isinstance(x, tuple):
+        precision = precision or y
+        x, y = x
     if not mine:
         part = rows(len(y))
         x, y = x[part], y[part]

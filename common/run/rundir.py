@@ -95,10 +95,9 @@ class RunDir:
             with contextlib.suppress(ValueError):  # not the main thread: no signals here
                 number = getattr(signal, name)
                 self._handlers[number] = signal.signal(number, self._on_signal)
-        shown = (
-            [args.arch, f"precision {precision.name} on {precision.device}"] if precision else []
-        )
-        print(f"{self.method}: {', '.join([args.dataset, *shown])}")
+        epochs = [f"{args.epochs} epochs"] if getattr(args, "epochs", None) else []
+        where = [precision.name, str(precision.device)] if precision else []
+        print(f"{self.method}: {', '.join([args.dataset, args.arch, *epochs, *where])}")
         print(f"run directory: {self.dir}")
 
     def _create(self, overwrite):
