@@ -30,6 +30,7 @@ official network keeps 5.3 % (APGD-CE, 100 steps) and 1.3 % (AutoAttack); see th
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -310,8 +311,7 @@ def lr_at(step, total, peak, warmup):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    angle = torch.pi * (step - warmup) / max(total - warmup, 1)
-    return 0.5 * peak * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item())
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def robust_error(model, images, attack, args, precision, statistics="adversarial"):
