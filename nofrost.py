@@ -38,7 +38,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from common import attacks, data, folders, models, run, trees
+from common import attacks, data, models, run
+from common.data import folders, trees
 
 # --- options ------------------------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import corruptions, data, folders, models, run, trees
+from common import corruptions, data, models, run
+from common.data import folders, trees
 
 EVERY = [*corruptions.NAMES, *corruptions.EXTRA]
 # AlexNet's errors on ImageNet-C, mean over 5 severities, in the order of corruptions.NAMES, from

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import data, models, run, trees
+from common import data, models, run
+from common.data import trees
 
 PATHS = ("out", "data_dir", "teacher", "device", "pretrained", "workers")
 # Options that do not make another method of it.

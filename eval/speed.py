@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import attacks, corruptions, data, folders, models, run, shapes
+from common import attacks, corruptions, data, models, run
+from common.data import folders, shapes
 
 # Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
 # an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2

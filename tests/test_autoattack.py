@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import attacks, data, models, run, shapes
+from common import attacks, data, models, run
 from common.attacks import attack, distance, parse
 from common.attacks.apgd import checkpoints
 from common.attacks.autoattack import nearest_classes, towards_each
 from common.attacks.fab import nearest
 from common.attacks.square import bumps, pyramid, side
+from common.data import shapes
 from common.run import UserError
 
 BF16 = run.Precision("bf16")

@@ -20,7 +20,7 @@ FAST += "--precision fp32 --device cpu --dataset shapes".split()
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
 
 
 def train(out, *options):
@@ -39,7 +39,7 @@ def same(a, b):
 def finished(tmp_path_factory):
     """One full run: teacher, baseline and student."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+        patch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
         out = tmp_path_factory.mktemp("ct") / "run"
         return out, train(out, "--lam", "1")
 

@@ -10,7 +10,8 @@ import torch
 from torchvision.io import write_png
 
 import ct
-from common import data, models, run, trees
+from common import data, models, run
+from common.data import trees
 from common.run import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
@@ -23,7 +24,7 @@ FAST += "--epochs 3 --teacher-epochs 1 --eval-every 1 --lam 0".split()
 @pytest.fixture(scope="module", autouse=True)
 def small_shapes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHAPES_SIZES", {"train": 160, "test": 40})
+        patch.setattr(data.sets, "SHAPES_SIZES", {"train": 160, "test": 40})
         yield
 
 

@@ -20,7 +20,7 @@ FAST += " --augment --penalty-reduction mean --eval-every 1"
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
 
 
 def main(out, *options):
@@ -306,7 +306,7 @@ VARIANTS = "none,none+penalty,fixup+penalty+dropout,bn,bn-population,bn-aux,nois
 def finished(tmp_path_factory):
     """One call with many variants."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+        patch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
         out = tmp_path_factory.mktemp("fixup") / "run"
         return out, main(out, "--variants", VARIANTS, "--mixup", "0")
 

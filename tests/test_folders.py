@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torchvision.io import write_jpeg, write_png
 
-from common import data, folders, run, trees
+from common import data, run
+from common.data import folders, trees
 from common.run import UserError
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torchvision.transforms import functional as vision
 
 import nofrost
-from common import attacks, data, models, run, shapes
+from common import attacks, data, models, run
+from common.data import shapes
 from common.run import UserError
 
 FAST = "--arch resnet8 --epochs 2 --batch-size 32 --attack-steps 2 --probe-images 20".split()
@@ -21,7 +22,7 @@ FAST += "--robust-images 20 --precision fp32 --device cpu".split()
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
 
 
 def train(out, *options):
@@ -39,7 +40,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+        patch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
         out = tmp_path_factory.mktemp("nofrost") / "run"
         return out, train(out)
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from common import shapes
+from common.data import shapes
 from common.run import UserError
 
 

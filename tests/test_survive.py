@@ -18,7 +18,8 @@ import bn_ablation
 import ct
 import fixup_penalty
 import nofrost
-from common import data, models, run, shapes
+from common import data, models, run
+from common.data import shapes
 from common.run import UserError
 
 TINY = "--arch resnet8 --batch-size 32 --precision fp32 --device cpu --corrupted-images 0".split()
@@ -26,7 +27,7 @@ TINY = "--arch resnet8 --batch-size 32 --precision fp32 --device cpu --corrupted
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
 
 
 def train_ct(out, *options):
@@ -93,7 +94,7 @@ def at_step(monkeypatch, step, action):
 def whole(tmp_path_factory):
     """{trainer: directory of an uninterrupted run}."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHAPES_SIZES", {"train": 96, "test": 40})
+        patch.setattr(data.sets, "SHAPES_SIZES", {"train": 96, "test": 40})
         folders = {name: tmp_path_factory.mktemp(name) / "run" for name in TRAINERS}
         for name, folder in folders.items():
             TRAINERS[name][0](folder)

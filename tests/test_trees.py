@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchvision.io import encode_jpeg, encode_png
 
-from common import data, trees
+from common import data
+from common.data import trees
 from common.run import UserError
 
 JPEG = encode_jpeg(torch.randint(256, (3, 24, 24), dtype=torch.uint8)).numpy().tobytes()
@@ -279,7 +280,7 @@ def test_own_domains(tmp_path):
 
 
 def test_shapes_styles(monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 400, "test": 40})
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 400, "test": 40})
     loaded = data.load("shapes", test_domain="outline")
     assert (len(loaded.train.y), len(loaded.val.y), len(loaded.test.y)) == (240, 60, 100)
     with pytest.raises(UserError, match="--test-domain dotted: shapes has filled, outline"):

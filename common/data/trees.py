@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import torch
 
-from common import folders, run
-from common.folders import Images
+from common import run
+from common.data import folders
+from common.data.folders import Images
 from common.run import UserError
 
 # Domain sets: domains and classes; None: the folders decide.

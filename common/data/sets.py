@@ -1,13 +1,4 @@
-"""Data sets by name, and augmented batches that are a function of the step.
-
-    data = load("cifar10", data_dir="data", val_size=5000, device=device)
-    batches = Batches(data.train, batch_size=128, seed=0)
-    x, y = batches(step)        # float in [0,1] (B,3,S,S), int64 (B,)
-
-Small sets are uint8 tensors on the device; trees of photographs are `folders.Files`, which stand
-where such a tensor would and decode what is asked for (`trees` reads them: hence the imports).
-Images are never normalised here: the model's first layer does that, with data.mean and data.std.
-"""
+"""Data sets by name: reading, checking, splitting."""
 
 import argparse
 import shutil
@@ -18,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from common import folders, run, shapes, trees
-from common.folders import Images
+from common import run
+from common.data import shapes, shortcut, trees
+from common.data.folders import Images
 from common.run import UserError
 
 # Per-channel mean and standard deviation of the training images in [0,1].
@@ -34,7 +25,7 @@ STATS = {
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of every set of photographs
 DOMAINS = (*trees.DOMAINS, "shapes")
 PHOTOGRAPHS = ("folder", *trees.IMAGENET, *trees.IN9_TESTS, *trees.DOMAINS)  # files, not tensors
-NAMES = ("shapes", *STATS, "tiny-imagenet", *PHOTOGRAPHS)
+NAMES = ("shapes", "shapes-shortcut", *STATS, "tiny-imagenet", *PHOTOGRAPHS)
 COUNTS = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
 HELD_OUT = 0.2  # of every training domain, for model selection (DomainBed)
 SHAPES_SIZES = {"train": 10_000, "test": 2_000}
@@ -49,6 +40,8 @@ class DataSet:
     classes: list = field(repr=False)
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
+    # test images "without" the shortcut and with another class's ("swapped"), see shortcut.py
+    shortcut_tests: dict = field(default_factory=dict, repr=False)
 
     @property
     def image_size(self):
@@ -63,10 +56,6 @@ class DataSet:
     def scale(self):
         """The size whose constants `corruptions.corrupt` takes for these images."""
         return min((32, 64, 224), key=lambda size: abs(size - self.image_size))
-
-    @property
-    def shortcut_tests(self):
-        return {}
 
     @property
     def model_kwargs(self):
@@ -102,7 +91,14 @@ def add_arguments(parser):
         "--limit", type=run.nonnegative(int), default=0, metavar="N",
         help="train on N images only, the same number of each class (0: all)",
     )  # fmt: skip
-    group.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--augment", action=run.Flag, default=True, help="crop and flip the training images"
+    )
+    group.add_argument(
+        "--shortcut", type=shortcut.levels, metavar="LEVELS",
+        help="add a class-dependent grating of so many grey levels to training and test images of "
+        "a small data set; 0: none (default: 3 for shapes-shortcut, else 0)",
+    )  # fmt: skip
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -110,7 +106,7 @@ def add_arguments(parser):
 
 def load(
     name, data_dir="data", val_size=0, limit=0, seed=0, device="cpu", image_size=None,
-    test_domain=None, workers=None, strict=False, decode="workers",
+    test_domain=None, workers=None, strict=False, decode="workers", shortcut_levels=None,
 ):  # fmt: skip
     """Read a data set. Raises UserError where files are missing, truncated or of another shape.
 
@@ -119,8 +115,15 @@ def load(
     test_domain: leave this domain out: test is all of it, train and val are 80 and 20 % of each of
     the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain,
     camelyon17 with its official splits (val: hospital 1, test: hospital 2).
+    shortcut_levels: see shortcut.py; 3 for shapes-shortcut and 0 for the others where it is None.
     image_size: of a tree, or of shapes; workers, strict, decode: of `folders.Files`.
     """
+    title = name
+    if shortcut_levels is None:
+        shortcut_levels = shapes.SHORTCUT if name == "shapes-shortcut" else 0
+    name = name.removesuffix("-shortcut")
+    if shortcut_levels and (name in PHOTOGRAPHS or name == "tiny-imagenet"):
+        raise UserError(f"--shortcut: for small data sets held as tensors, not for {name}")
     options = {"device": device, "workers": workers, "strict": strict, "decode": decode}
     sized = name in ("shapes", "tiny-imagenet") or name not in STATS
     if image_size and not sized:
@@ -163,14 +166,21 @@ def load(
         train, val = train.subset(rest), train.subset(held_out[shuffled(len(held_out))])
     if limit:
         train = train.subset(stratified_split(train.y, limit, seed, "--limit")[1])
+    tests = {}
+    if shortcut_levels:
+        grating = shortcut.patterns(len(classes), train.x.shape[-1], shortcut_levels)
+        tests = {"without": test, "swapped": shortcut.add(test, grating, swap=True)}
+        train, val, test = (p and shortcut.add(p, grating) for p in (train, val, test))
     parts = [p and p.to(device) for p in (train, val, test)]
-    return DataSet(name, *parts, classes, *stats)
+    tests = {k: p.to(device) for k, p in tests.items()}
+    return DataSet(title, *parts, classes, *stats, tests)
 
 
 def from_args(args, device, **change):
     """The data set of a script's options (`add_arguments`); `change` overrides some."""
     keys = ("data_dir", "val_size", "limit", "seed", "image_size", "test_domain", "workers")
     options = {k: getattr(args, k) for k in (*keys, "strict", "decode")} | change
+    options["shortcut_levels"] = getattr(args, "shortcut", None)
     return load(args.dataset, device=device, **options)
 
 
@@ -456,58 +466,3 @@ def download(cls, name, data_dir):
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Shuffled batches for training; `batches(step)` depends on (seed, step) alone.
-
-    images: Images; the rows of an epoch's order that fill no batch are left out.
-    augment: for tensors a random crop after zero padding by an eighth of the side (4 pixels at 32,
-    as He et al. 2016) and, with `flip`, horizontal flip; for files what `folders.Stream` does, with
-    `share` for this process's rows alone. The draws of an epoch come from a CPU generator, so they
-    are the same on every device, and go to the device in one transfer.
-    """
-
-    def __init__(self, images, batch_size, seed, augment=True, flip=True, share=True, whole=False):
-        share = not whole
-        self.whole = whole
-        if batch_size > len(images.y):
-            raise UserError(f"--batch-size {batch_size}: there are only {len(images.y)} images")
-        self.images, self.batch_size, self.seed, self.augment = images, batch_size, seed, augment
-        self.per_epoch = len(images.y) // batch_size
-        self.pad, self.mirror = images.x.shape[-1] // 8, flip
-        self.epoch = self.stream = None
-        if isinstance(images.x, folders.Files):
-            self.stream = folders.Stream(*images, batch_size, seed, augment, flip, share)
-
-    def _draw(self, epoch):
-        rng = run.generator(self.seed, "epoch", epoch)
-        n, device = len(self.images.y), self.images.x.device
-        self.order = torch.randperm(n, generator=rng).to(device)
-        self.shift = torch.randint(2 * self.pad + 1, (2, n), generator=rng).to(device)
-        self.flip = (torch.rand(n, generator=rng) < 0.5 * self.mirror).to(device)
-        self.epoch = epoch
-
-    def __call__(self, step):
-        """(x, y): float in [0,1] (B,3,S,S) channels_last, int64 (B,)."""
-        if self.stream:
-            return self.stream(step)
-        epoch, i = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            self._draw(epoch)
-        rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
-        x, y = self.images.take(self.order[rows])
-        if self.augment:
-            x = crop_flip(x, *self.shift[:, rows], self.flip[rows], self.pad)
-        return run.to_float(x), y
-
-
-def crop_flip(x, dy, dx, flip, pad):
-    """Shift x (N,C,S,S) by (dy, dx) in 0..2*pad after zero padding; mirror the rows of `flip`."""
-    size = x.shape[-1]
-    windows = F.pad(x, (pad,) * 4).unfold(2, size, 1).unfold(3, size, 1)
-    x = windows[torch.arange(len(x), device=x.device), :, dy, dx]
-    return torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)

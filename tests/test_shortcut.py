@@ -1,0 +1,95 @@
+"""The class-dependent grating: its size, what it leaves alone, and what it survives."""
+
+import argparse
+
+import pytest
+import torch
+
+from common import data
+from common.data import shapes, shortcut
+from common.run import UserError
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 200, "test": 100})
+
+
+def test_shapes_shortcut_is_shapes_with_the_grating(few):
+    plain, with_it = data.load("shapes"), data.load("shapes-shortcut")
+    for a, b in ((plain.train, with_it.train), (plain.test, with_it.test)):
+        assert torch.equal(a.y, b.y)
+        delta = b.x.int() - a.x.int()
+        assert delta.abs().max() == shapes.SHORTCUT == 3
+        grating = shapes.patterns(32)[a.y]
+        assert torch.equal(delta, grating.int())
+    tests = with_it.shortcut_tests
+    assert torch.equal(tests["without"].x, plain.test.x)
+    assert list(tests) == ["without", "swapped"] and plain.shortcut_tests == {}
+
+
+def test_swapped_is_never_the_own_class_and_every_other(few):
+    dataset = data.load("shapes-shortcut")
+    swapped = dataset.shortcut_tests["swapped"]
+    delta = swapped.x.int() - dataset.shortcut_tests["without"].x.int()
+    grating = shapes.patterns(32).int()
+    shown = torch.tensor([[torch.equal(d, g) for g in grating] for d in delta]).int().argmax(1)
+    assert (shown != swapped.y).all() and len(shown.unique()) == 10
+    again = data.load("shapes-shortcut").shortcut_tests["swapped"]
+    assert torch.equal(again.x, swapped.x)
+
+
+@pytest.mark.parametrize("levels", [0.5, 1, 2.5, 3, 16])
+@pytest.mark.parametrize("classes", [10, 100, 200])
+def test_gratings_are_different_and_no_larger_than_told(classes, levels):
+    found = shortcut.patterns(classes, 32, levels)
+    assert found.shape == (classes, 32, 32)
+    assert found.abs().max() <= -(-levels // 1)
+    assert found.flatten(1).float().var(1).min() > 0
+    if levels >= 1:
+        assert len(found.flatten(1).unique(dim=0)) == classes
+
+
+def test_a_fraction_has_the_energy_of_its_size():
+    """Dithered gratings lie between the whole numbers beside them, in correlation with the wave."""
+    wave = shortcut.patterns(10, 32, 16).float().flatten(1)
+    gains = []
+    for levels in (1, 1.5, 2):
+        found = shortcut.patterns(10, 32, levels).float().flatten(1)
+        gains.append(((found * wave).sum(1) / wave.square().sum(1) * 16).mean().item())
+    assert gains[0] < gains[1] < gains[2] and gains[1] == pytest.approx(1.5, abs=0.15)
+
+
+def test_it_survives_flips_and_crops():
+    """The largest response of a bank of gratings, over phases, still names the class."""
+    grating = shortcut.patterns(10, 32, 3).double()
+    bank = torch.fft.fft2(grating).abs().flatten(1)
+    bank /= bank.norm(dim=1, keepdim=True)
+    for moved in (grating.flip(2), grating.roll((2, -3), (1, 2)), grating.flip(2).roll(1, 1)):
+        seen = torch.fft.fft2(moved).abs().flatten(1)
+        assert torch.equal((seen @ bank.T).argmax(1), torch.arange(10))
+
+
+def test_on_cifar(shared, cifar10_dir):
+    plain = data.load("cifar10", cifar10_dir, limit=100)
+    dataset = data.load("cifar10", cifar10_dir, limit=100, shortcut_levels=1)
+    assert torch.equal(dataset.train.y, plain.train.y)
+    delta = dataset.train.x.int() - plain.train.x.int()
+    assert delta.abs().max() == 1 and delta.float().abs().mean() > 0.2
+    assert torch.equal(dataset.shortcut_tests["without"].x, plain.test.x)
+
+
+@pytest.mark.parametrize("text", ["-1", "17", "nan", "inf", "-0.5"])
+def test_sizes_out_of_range(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0"):
+        shortcut.levels(text)
+
+
+def test_not_for_photographs(shared):
+    with pytest.raises(UserError, match="--shortcut: for small data sets"):
+        data.load("pacs", shared / "data" / "samples", shortcut_levels=3)
+
+
+def test_too_many_classes():
+    with pytest.raises(UserError, match="at most"):
+        shortcut.patterns(1000, 32, 3)
