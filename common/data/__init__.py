@@ -1,0 +1,23 @@
+"""Data sets by name, and augmented batches that are a function of the step.
+
+    dataset = load("cifar10", data_dir="data", val_size=5000, device=device)
+    batches = Batches(dataset.train, batch_size=128, seed=0)
+    x, y = batches(step)        # float in [0,1] (B,3,S,S), int64 (B,)
+
+Small sets are uint8 tensors on the device; trees of photographs are decoded on access. Images are
+never normalised here: the model's first layer does that, with dataset.mean and dataset.std.
+"""
+
+from common.data import folders, shapes, shortcut, trees
+from common.data.batches import Batches, crop_flip
+from common.data.folders import Files, Images
+from common.data.sets import (
+    for_evaluation,COUNTS, DOMAINS, DataSet, HELD_OUT, IMAGENET_STATS, NAMES, PHOTOGRAPHS, SHAPES_SIZES, STATS, add_arguments, channel_stats, corrupted_dir, corrupted_labels, domain_names, from_args, load, read_corrupted, shuffled, stratified_split, test_options)
+
+__all__ = [
+    "STATS", "SHAPES_SIZES", "corrupted_dir", "corrupted_labels", "read_corrupted", "test_options", "IMAGENET_STATS", "COUNTS", "HELD_OUT",
+    "DOMAINS", "NAMES", "PHOTOGRAPHS", "Batches", "DataSet", "Files", "Images", "add_arguments",
+    "channel_stats", "crop_flip", "domain_names", "folders",
+    "for_evaluation", "from_args", "load", "shapes",
+    "shortcut", "shuffled", "stratified_split", "trees",
+]  # fmt: skip
