@@ -1,6 +1,5 @@
 """Data sets by name: reading, checking, splitting."""
 
-import argparse
 import shutil
 import tempfile
 import urllib.error

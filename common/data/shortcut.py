@@ -21,8 +21,10 @@ from common.data.shapes import FREQUENCIES
 
 MOST = 16  # grey levels
 # Cycles per pixel beyond those of `shapes`: all periods below six pixels, for up to 200 classes.
-MORE = (1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 5, 2 / 7, 3 / 7, 3 / 8, 2 / 9, 4 / 9, 3 / 10, 3 / 11, 4 / 11,
-        5 / 11)  # fmt: skip
+MORE = (
+    1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 5, 2 / 7, 3 / 7, 3 / 8, 2 / 9, 4 / 9, 3 / 10, 3 / 11, 4 / 11,
+    5 / 11,
+)  # fmt: skip
 
 
 def levels(text):
@@ -43,6 +45,11 @@ def frequencies(count):
     return found
 
 
+def wave(frequency, at):
+    """Cosine at positions `at`; pi/4 keeps those of period 3, 4, ... off their zeros."""
+    return torch.cos(2 * math.pi * frequency * at + (math.pi / 4 if frequency % 0.5 else 0))
+
+
 def patterns(num_classes, size, levels):
     """The gratings, int16 (K,size,size), in [-levels, levels] grey levels.
 
@@ -56,10 +63,7 @@ def patterns(num_classes, size, levels):
         thresholds = torch.rand(size, size, generator=rng, dtype=torch.float64)
     planes = []
     for vertical, horizontal in frequencies(num_classes):
-        # pi/4 keeps gratings of half a cycle's multiples off their zeros
-        rows = torch.cos(2 * math.pi * vertical * at + (math.pi / 4 if vertical % 0.5 else 0))
-        columns = torch.cos(2 * math.pi * horizontal * at + (math.pi / 4 if horizontal % 0.5 else 0))
-        plane = rows[:, None] * columns
+        plane = wave(vertical, at)[:, None] * wave(horizontal, at)
         plane = levels * plane / plane.abs().max()
         planes.append(plane.round() if levels == round(levels) else (plane + thresholds).floor())
     return torch.stack(planes).to(torch.int16)
