@@ -715,6 +715,22 @@ def use_statistics(model, kind):
             module.used = kind
 
 
+@torch.no_grad()
+def mix_statistics(model, gamma):
+    """Give the "dual-bn" layers a mixture as the set in use: gamma of the adversarial statistics,
+    gain and shift, and 1 - gamma of the clean ones. False where the model has no such layer."""
+    found = False
+    for module in model.modules():
+        if isinstance(module, DualBatchNorm):
+            found = True
+            module.used = "adversarial"
+            clean = module.clean.state_dict()
+            for name, value in module.adversarial.state_dict().items():
+                if value.is_floating_point():
+                    value.mul_(gamma).add_(clean[name], alpha=1 - gamma)
+    return found
+
+
 NORMS |= {
     "in": partial(nn.InstanceNorm2d, affine=True),
     "ln": partial(nn.GroupNorm, 1),

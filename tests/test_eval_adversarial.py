@@ -105,7 +105,7 @@ def test_rows_are_those_of_the_attacks(folder, capsys):
     text = capsys.readouterr().out
     assert "largest perturbation 0.6/255, 0 NaN, values 0" in text and "seed 0, fp32" in text
     assert not (folder / "out.json.state").exists()
-    events = list((folder / "r" / "adversarial").glob("events*"))
+    events = list((folder / "adversarial").glob("events*"))
     assert len(events) == 1 and b"strongest/r" in events[0].read_bytes()
 
 
@@ -359,7 +359,7 @@ def test_the_sweep_has_one_step(folder, monkeypatch):
     evaluate(folder, "--attacks", "sweep,pgd-100")
     assert seen == [("pgd-20", 0.5), ("pgd-50", 0.5), ("pgd-100", 0.5), ("pgd-100", None)]
     seen.clear()
-    evaluate(folder, "--attacks", "sweep", "--alpha", "2")
+    evaluate(folder, "--attacks", "sweep", "--alpha", "2", "--overwrite")
     assert {alpha for _, alpha in seen} == {2}
 
 
@@ -397,6 +397,220 @@ def test_attacks_that_need_more_classes(folder):
     assert not (folder / "out.json.state").exists()
     names = "apgd-ce-2,fab-t-2,square-5"
     assert evaluate(folder, folder / "two" / "last.pt", "--attacks", names)["attacks"]
+
+
+# --- series, mixtures, costs ----------------------------------------------------------------------
+
+
+def test_fast_says_what_it_is(folder, capsys):
+    """Two attacks, the second on what the first left; passes and seconds in table and JSON."""
+    result = evaluate(folder, "--attacks", "fast", "--eps", "0.3")
+    (entry,) = result["checkpoints"]
+    assert result["attacks"] == ["fast: apgd-ce", "fast: apgd-malt", "worst of all"]
+    first, second = (entry["runs"][row] for row in result["attacks"][:2])
+    assert first["attacked"] == 14 and second["attacked"] == 14 - first["took"] > 0
+    assert entry["accuracy"]["worst of all"] == 100 * (second["attacked"] - second["took"]) / 16
+    assert first["forward_passes"] == first["backward_passes"] > 14
+    assert second["backward_passes"] <= second["attacked"] * (9 + 5 * 101)
+    assert second["forward_passes"] > second["backward_passes"] > second["attacked"] * 9
+    assert "not AutoAttack" in entry["warnings"][1]
+    text = capsys.readouterr().out
+    assert "warning: fast is APGD-CE and APGD towards 5 classes, not AutoAttack" in text
+    assert f"(took {first['took']} of 14 images" in text and "backward" in text
+
+
+def test_restarts_in_the_table(folder):
+    result = evaluate(folder, "--attacks", "pgd-2-3,pgd-t-2", "--eps", "0.3")
+    runs = result["checkpoints"][0]["runs"]
+    assert runs["pgd-2-3"]["backward_passes"] == 14 * 2 * 3
+    assert runs["pgd-t-2"]["backward_passes"] <= 14 * 2 * 9
+
+
+def test_gamma_mixes_the_statistics_of_dual_bn(folder):
+    """gamma 1 is the adversarial set, gamma 0 the clean one, 0.5 the mean of all numbers."""
+    path = folder / "d" / "last.pt"
+    model = checkpoint(path, norm="dual-bn")
+    norms = [m for m in model.modules() if isinstance(m, models.DualBatchNorm)]
+    with torch.no_grad():
+        for norm in norms:
+            for part in (norm.clean, norm.adversarial):
+                part.running_mean.normal_(0, 0.2)
+                part.weight.uniform_(0.5, 1.5)
+    state = run.load_checkpoint(path)
+    run.save_checkpoint(path, state | {"model": model.state_dict()})
+    options = ("--attacks", "fgsm", "--eps", "0.1", "--overwrite")
+    result = evaluate(folder, path, *options, "--gamma", "0,0.5,1")
+    entries = result["checkpoints"]
+    assert [entry["gamma"] for entry in entries] == [0, 0.5, 1]
+    plain = evaluate(folder, path, *options)["checkpoints"][0]["accuracy"]
+    assert entries[2]["accuracy"] == plain
+    half = models.from_checkpoint(run.load_checkpoint(path)).eval()
+    assert models.mix_statistics(half, 0.5)
+    x = torch.rand(4, 3, 32, 32)
+    models.use_statistics(model, "clean")
+    with torch.no_grad():
+        for norm in norms:
+            pairs = zip(norm.clean.parameters(), norm.adversarial.parameters(), strict=True)
+            for own, other in pairs:
+                own.add_(other).div_(2)
+            for name in ("running_mean", "running_var"):
+                getattr(norm.clean, name).add_(getattr(norm.adversarial, name)).div_(2)
+        torch.testing.assert_close(half(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"--gamma mixes the two sets .* of dual-bn; r has one"):
+        evaluate(folder, "--gamma", "0.5", "--attacks", "fgsm")
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.1", "0.5,0.5", "nan"])
+def test_gamma_outside_its_range(folder, text):
+    with pytest.raises(UserError, match="different numbers from 0 to 1"):
+        arguments(folder, f"--gamma={text}")
+
+
+def test_a_random_network_is_attacked_by_the_mean():
+    net = Wrapped(lambda z: z + 0.1 * torch.rand_like(z))
+    (flag,) = script.inspect(net, torch.rand(6, 3, 2, 2), 20)
+    assert "attacked and judged by the mean of 20 passes" in flag
+
+
+def test_few_images_decided_by_rounding_count_as_robust(folder, monkeypatch):
+    """One of 14 fooled images is classified correctly when it is judged again."""
+    original, calls = attacks.judge, []
+
+    def judge(model, x, y, batch_size=500, eot=1):
+        lead, scale = original(model, x, y, batch_size, eot)
+        calls.append(batch_size)
+        if batch_size == 166:  # the second look
+            lead[0] = -1
+        return lead, scale
+
+    monkeypatch.setattr(attacks, "judge", judge)
+    result = evaluate(folder, "--attacks", "apgd-ce-5", "--eps", "8")
+    (entry,) = result["checkpoints"]
+    assert entry["accuracy"]["apgd-ce-5"] == 100 / 16 and 166 in calls
+    assert entry["runs"]["apgd-ce-5"]["differ_when_judged_again"] == 1
+    assert "1 images count as robust" in entry["warnings"][0]
+    sums = dict.fromkeys(script.COUNTS, 0)
+    assert len(script.attack_flags("t", "r", sums | {"differ": 3}, 297)) == 1
+    with pytest.raises(UserError, match="4 of 301 adversarial images"):
+        script.attack_flags("t", "r", sums | {"differ": 4}, 297)
+
+
+def test_images_are_not_held_to_the_end():
+    """Of 30 batches the strongest images alone stay in memory, each position once."""
+    found = script.Found(40)
+    for b in range(30):
+        lead = torch.tensor([float(b), 0.5])
+        batch = {
+            "positions": torch.tensor([b % 20, 20 + b]), "leads": lead,
+            "images": torch.full((2, 3, 2, 2), b / 30), "largest": 0.01, "nan": 0,
+            "low": 0.0, "high": 1.0,
+        }  # fmt: skip
+        found.add("a", f"0-0-{b}", batch)
+    assert found.images == 60 and len(found.fooled["a"]) == 60
+    assert [lead for lead, _, _ in found.strongest] == [29, 28, 27, 26, 25, 24, 23, 22]
+    held = [v for v in vars(found).values() if isinstance(v, torch.Tensor)]
+    assert not held
+
+
+def test_no_image_is_classified_correctly(folder):
+    """No attack runs; the table, the images and the pictures are written nevertheless."""
+    x = np.random.default_rng(0).integers(256, size=(20, 32, 32, 3), dtype=np.uint8)
+    model = models.from_checkpoint(run.load_checkpoint(folder / "r"))
+    predicted = run.predict(model, torch.from_numpy(x).permute(0, 3, 1, 2)).argmax(1)
+    y = ((predicted + 1) % 10).numpy()
+    y[:10], y_train = y[:10], np.arange(20) % 10
+    np.savez(folder / "cifar10.npz", x_train=x, y_train=y_train, x_test=x, y_test=y)
+    result = evaluate(folder, "--attacks", "fgsm,apgd-ce-2", "--save", folder / "adv.pt")
+    (entry,) = result["checkpoints"]
+    assert set(entry["accuracy"].values()) == {0.0}
+    assert entry["runs"]["fgsm"]["attacked"] == 0
+    assert run.load_checkpoint(folder / "adv.pt", foreign=True)["networks"] == {"r": {}}
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_eps_of_another_unit_is_a_warning(folder, capsys):
+    result = evaluate(folder, "--attacks", "fgsm", "--eps", "0.0314")
+    assert "give --eps 8.007" in result["checkpoints"][0]["warnings"][0]
+    assert "warning: eps 0.0314 is in units of 1/255" in capsys.readouterr().out
+    options = ("--norm", "l2", "--eps", "0.5", "--overwrite")
+    result = evaluate(folder, "--attacks", "fgsm", *options)
+    assert "give --eps 127.5" in result["checkpoints"][0]["warnings"][0]
+    assert evaluate(folder, "--attacks", "fgsm", "--overwrite")["checkpoints"][0]["warnings"] == []
+
+
+def test_results_of_other_settings_are_not_replaced(folder):
+    first = evaluate(folder, "--attacks", "fgsm", "--eps", "1")
+    for options, text in (
+        (("--eps", "2"), r"another eps \(1.0, now 2.0\): --overwrite"),
+        (("--eps", "1", "--limit", "10"), "another data"),
+        (("--eps", "1", "--seed", "1"), "another seed"),
+    ):
+        with pytest.raises(UserError, match=text):
+            evaluate(folder, "--attacks", "fgsm", *options)
+    assert json.loads((folder / "out.json").read_text()) == first
+    evaluate(folder, "--attacks", "fgsm", "--eps", "1")
+    assert evaluate(folder, "--attacks", "fgsm", "--eps", "2", "--overwrite")["eps"] == 2
+
+
+def test_what_cannot_be_written_is_known_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(attacks, "attack", lambda *a: pytest.fail("an attack ran"))
+    (folder / "file").write_text("")
+    for options, text in (
+        (("--json", folder), "is a folder"),
+        (("--json", folder / "file" / "o.json"), "give --json elsewhere"),
+        (("--tensorboard", folder / "file" / "t"), "give --tensorboard elsewhere"),
+        (("--save", folder / "file" / "adv.pt"), "give --save elsewhere"),
+    ):
+        out = [] if "--json" in options else ["--json", str(folder / "o.json")]
+        every = [folder / "r", "--attacks", "fgsm", *options, "--data-dir", folder, *out]
+        with pytest.raises(UserError, match=text):
+            script.main(script.parse_args([str(v) for v in every]))
+    assert not list(folder.glob("*.state"))
+
+
+def test_a_checkpoint_in_a_folder_that_cannot_be_written(folder, monkeypatch, capsys):
+    """Results and pictures go to the working directory, and a line says so."""
+    here = folder / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    original = run.Results.try_folder
+
+    def read_only(place, option):
+        if place.resolve().is_relative_to(folder / "r"):
+            raise UserError("cannot write")
+        original(place, option)
+
+    monkeypatch.setattr(run.Results, "try_folder", staticmethod(read_only))
+    every = [str(folder / "r" / "last.pt"), "--attacks", "fgsm", "--data-dir", str(folder)]
+    script.main(script.parse_args(every))
+    assert json.loads((here / "r.last.adversarial.json").read_text())["attacks"] == ["fgsm"]
+    assert list((here / "adversarial").glob("events*"))
+    assert "the results go to" in capsys.readouterr().out
+    assert sorted(p.name for p in (folder / "r").iterdir()) == ["last.pt"]
+
+
+def test_two_evaluations_of_one_file(folder):
+    """The second is refused, --overwrite or not, and leaves the first's batches alone."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from common import run\n"
+        "r = run.Results('adversarial', 'x.pt', {}, sys.argv[2]); print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run.ROOT), str(folder / "out.json")]
+    (folder / "out.json.state").mkdir()
+    (folder / "out.json.state" / "0-0-0.pt").write_text("")
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing"):
+            evaluate(folder, "--attacks", "fgsm", "--overwrite")
+        assert (folder / "out.json.state" / "0-0-0.pt").exists()
+        first.stdin.close()
+    assert evaluate(folder, "--attacks", "fgsm", "--overwrite")
+    assert not list(folder.glob(".out.json*"))
 
 
 # --- mistakes -------------------------------------------------------------------------------------

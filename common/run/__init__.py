@@ -53,7 +53,7 @@ from common.run.old_guard import Guard
 from common.run.old_run import Run, on_signal
 from common.run.progress import Progress, clock
 from common.run.repeat import each_seed, repeat
-from common.run.results import table
+from common.run.results import Results, table
 from common.run.rundir import RunDir, lock
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "Parser",
     "Precision",
     "Progress",
+    "Results",
     "Run",
     "RunDir",
     "Sum",

@@ -42,9 +42,12 @@ def predict(model, x, precision=None, batch_size=500):
 
 def counts(logits, y, bins=15):
     """What `metrics` divides, fp64 (3 + bins,): images, wrong ones, cross-entropy, and per bin of
-    confidence its sum less the number right. Counts of parts add up to those of the whole."""
+    confidence its sum less the number right. Counts of parts add up to those of the whole. Logits
+    that are NaN, or infinite beside one another, decide nothing: they count as wrong."""
     confidence, predicted = logits.softmax(1).max(1)
-    wrong = (predicted != y).double()
+    decided = confidence.isfinite()
+    wrong = ((predicted != y) | ~decided).double()
+    confidence = confidence.nan_to_num(0)
     which = (confidence * bins).long().clamp(max=bins - 1)
     result = torch.zeros(3 + bins, dtype=torch.float64, device=y.device)
     result[0], result[1] = len(y), wrong.sum()

@@ -1,4 +1,133 @@
-"""Tables of results as text."""
+"""Results of an evaluation: where they are written, and tables as text."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from common.run.checkpoint import versions
+from common.run.errors import UserError
+
+
+class Results:
+    """The files of one evaluation. Whether they can be written is tried before any work.
+
+    kind: the evaluation's name, as in `last.adversarial.json`. first: its first checkpoint.
+    settings: what the numbers depend on, as JSON has it. path, tensorboard: of --json and
+    --tensorboard, or None for the place beside the checkpoint. If that cannot be written it is the
+    working directory, and a line says so. TensorBoard goes beside the JSON.
+
+    Raises UserError where a file cannot be written, where another process writes the same results,
+    and, without `overwrite`, where results of other settings would be replaced.
+    """
+
+    def __init__(self, kind, first, settings, path=None, tensorboard=None, overwrite=False):
+        self.kind = kind
+        self.settings = json.loads(json.dumps(settings))
+        self.path = self._place(Path(first), path)
+        self._lock = self._locked()
+        self.folder = Path(tensorboard).expanduser() if tensorboard else self.path.parent / kind
+        self.try_folder(self.folder, "--tensorboard")
+        if self.path.is_file() and not overwrite:
+            self._compare()
+
+    def _place(self, first, path):
+        if path:
+            path = Path(path).expanduser()
+            if path.is_dir():
+                raise UserError(f"--json {path} is a folder: name a file, as {path / 'out.json'}")
+            self.try_folder(path.parent, "--json")
+            return path
+        first = first / "last.pt" if first.is_dir() else first
+        beside = first.with_suffix(f".{self.kind}.json")
+        try:
+            self.try_folder(beside.parent, "--json")
+        except UserError:
+            here = Path(f"{first.parent.name}.{beside.name}".lstrip("."))
+            self.try_folder(here.parent, "--json")
+            print(f"cannot write beside {first}: the results go to {here.resolve()}")
+            return here
+        return beside
+
+    @staticmethod
+    def try_folder(folder, option):
+        """Make the folder and write in it. Raises UserError naming the option."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {folder}: {error.strerror}; give {option} elsewhere"
+            ) from None
+
+    def _locked(self):
+        """A locked file, which the kernel releases when the process ends; None on Windows."""
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        file = open(self.path.with_name(f".{self.path.name}.lock"), "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UserError(
+                f"another process is writing {self.path}: wait for it, or give --json elsewhere"
+            ) from None
+        return file
+
+    def _compare(self):
+        try:
+            old = json.loads(self.path.read_text())
+            old = old.get("settings", old)
+        except (ValueError, AttributeError, OSError):
+            raise UserError(
+                f"{self.path} is no results file: --overwrite to replace it, or give --json "
+                "elsewhere"
+            ) from None
+        for key, value in self.settings.items():
+            if key in old and old[key] != value:
+                raise UserError(
+                    f"{self.path} holds results with another {key} ({brief(old[key])}, now "
+                    f"{brief(value)}): --overwrite to replace them, or give --json elsewhere"
+                )
+
+    def write(self, output):
+        """Write the JSON: the command, versions and settings, then `output`. The name appears when
+        all is written."""
+        words = [f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        output = {
+            "command": "python " + " ".join(words),
+            "versions": versions(),
+            "settings": self.settings,
+            **output,
+        }
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            part.write_text(json.dumps(output, indent=1) + "\n")
+            os.replace(part, self.path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {self.path}: {error.strerror}; give --json") from None
+        print(f"written: {self.path}")
+        return output
+
+    def close(self):
+        """Let others write these results."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock.name)
+            self._lock.close()
+            self._lock = None
+
+
+def brief(value):
+    """A value of the settings in a message."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def table(rows, header, floats=".2f"):
