@@ -3,13 +3,15 @@
 import argparse
 import json
 import os
-import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import tarfile
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +20,12 @@ import bn_ablation
 import ct
 import fixup_penalty
 import nofrost
-from common import data, models, run
+from common import corruptions, data, models, run
 from common.data import shapes
 from common.run import UserError
 
 TINY = "--arch resnet8 --batch-size 32 --precision fp32 --device cpu --corrupted-images 0".split()
+TINY += "--dataset shapes --eval-every 5".split()
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,19 @@ def train_ct(out, *options):
 
 
 def train_fixup(out, *options):
-    argv = [*TINY, "--norm", "none", "--epochs", "3", "--out", str(out), *options]
+    argv = [
+        *TINY,
+        "--limit",
+        "0",
+        "--augment",
+        "--norm",
+        "none",
+        "--epochs",
+        "3",
+        "--out",
+        str(out),
+        *options,
+    ]
     return fixup_penalty.main(fixup_penalty.parse_args(argv))
 
 
@@ -80,14 +95,14 @@ def lines(out):
 
 def at_step(monkeypatch, step, action):
     """Call `action()` when a loop has made the updates before `step` and computed this one's."""
-    real = run.Guard.fine
+    real = run.Loop.step
 
-    def fine(self, now, *rest):
-        if now == step:
+    def act(self, lr, clip=0.0):
+        if self.done - 1 == step:
             action()
-        return real(self, now, *rest)
+        return real(self, lr, clip)
 
-    monkeypatch.setattr(run.Guard, "fine", fine)
+    monkeypatch.setattr(run.Loop, "step", act)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +124,7 @@ KILLER = """
     from torch.utils.tensorboard import SummaryWriter  # what takes seconds to import, imported once
     import ct
     from common import data
-    data.SHAPES_SIZES.update(train=96, test=40)
+    data.sets.SHAPES_SIZES.update(train=96, test=40)
     folder, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     options = sys.argv[4:]
 
@@ -120,11 +135,11 @@ KILLER = """
         if not child:
             from common import run
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            real = run.Guard.__init__
-            def init(self, *args):
-                real(self, *args)
+            real = run.Loop.__init__
+            def init(self, *args, **options):
+                real(self, *args, **options)
                 os.write(begin, b"x")
-            run.Guard.__init__ = init
+            run.Loop.__init__ = init
             try:
                 ct.main(ct.parse_args([*options, "--out", str(out), "--resume", "auto"]))
                 os._exit(0)
@@ -165,7 +180,7 @@ KILLER = """
 
 def kill(tmp_path, kills, seed):
     """(kills, those within the writing of a checkpoint, runs compared), of ct.py's two stages."""
-    options = "--epochs 4 --no-baseline --eval-every 4 --save-minutes 1e-9 --keep 3".split()
+    options = "--epochs 4 --no-baseline --teacher-epochs 4 --save-minutes 1e-9".split()
     command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path), str(kills), str(seed)]
     # One thread: a fork beside others (OpenBLAS starts one per core) may inherit a held lock.
     single = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -211,17 +226,17 @@ def own_signals():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_signal(whole, tmp_path, monkeypatch, capsys, own_signals, name, number):
-    """Within step 4, not the end of an epoch: the step is finished and saved, exit status 0, a line
+    """Within step 4, not the end of an epoch: the step is finished and saved, status 75, a line
     that tells how to go on; resumed, the run ends with the weights of the uninterrupted one."""
     train, file = TRAINERS[name]
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as end:
             run.cli(lambda out: train(out), lambda: tmp_path / "r")
-    assert end.value.code == 0
-    text = f"{signal.Signals(number).name} after step 5: stopped; go on with python"
+    assert end.value.code == 75
+    text = f"{signal.Signals(number).name}: stopped after step 5 of 9 of"
     printed = capsys.readouterr().out
-    assert text in printed and f"--resume {tmp_path / 'r'}" in printed
+    assert text in printed and "--resume auto" in printed and str(Path.cwd()) in printed
     assert run.load_checkpoint(tmp_path / "r" / file)["step"] == 5
     assert lines(tmp_path / "r")[-1]["event"] == "stop"
     train(tmp_path / "r", "--resume", "auto")
@@ -231,24 +246,32 @@ def test_signal(whole, tmp_path, monkeypatch, capsys, own_signals, name, number)
 def test_signal_between_loops(tmp_path, monkeypatch, capsys, own_signals):
     """While the final table is made all is saved: it stops at once, and a second start makes it."""
     with monkeypatch.context() as patch:
-        patch.setattr(ct, "corrupted_error", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(
+            corruptions, "corruption_errors", lambda *args: os.kill(os.getpid(), signal.SIGTERM)
+        )
         with pytest.raises(SystemExit) as end:
             run.cli(lambda out: train_ct(out, "--corrupted-images", "5"), lambda: tmp_path / "r")
-    assert end.value.code == 0 and "go on with" in capsys.readouterr().out
+    assert end.value.code == 75 and "go on with" in capsys.readouterr().out
     assert "corrupted/student" in train_ct(tmp_path / "r", "--resume", "auto",
                                            "--corrupted-images", "5")  # fmt: skip
 
 
+def told(capsys):
+    """The options of the line that a stopped run prints."""
+    command = capsys.readouterr().out.strip().splitlines()[-1].partition(" && python ")[2]
+    return shlex.split(command)[1:]
+
+
 def test_what_is_told_goes_on_to_the_same_end(tmp_path, monkeypatch, capsys, own_signals):
-    """The line after a stop needs no option that was given on the way: here more epochs."""
+    """The line after a stop keeps the options that were given on the way: here more epochs."""
     train_ct(tmp_path / "r")
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             extended = ["--resume", str(tmp_path / "r"), "--epochs", "5"]
+            patch.setattr(sys, "argv", ["ct.py", *extended])
             run.cli(lambda argv: ct.main(ct.parse_args(argv)), lambda: extended)
-    (told,) = re.findall(r"go on with python \S+ (.*)", capsys.readouterr().out)
-    ct.main(ct.parse_args(told.split()))
+    ct.main(ct.parse_args(told(capsys)))
     assert run.load_checkpoint(tmp_path / "r" / "last.pt")["step"] == 15
 
 
@@ -270,8 +293,11 @@ def test_options_of_the_optimizer_may_change_on_the_way(tmp_path, monkeypatch):
 
 def test_options_that_do_not_fit_leave_the_run_as_it_was(tmp_path):
     train_ct(tmp_path / "r")
-    with pytest.raises(UserError, match="does not fit these options"):
-        ct.main(ct.parse_args(["--resume", str(tmp_path / "r"), "--arch", "wrn10-1"]))
+    for option, new in (("arch", "wrn10-1"), ("batch-size", "16"), ("limit", "50"), ("lam", "1")):
+        with pytest.raises(UserError, match=rf"its --{option} is \S+, not {new}"):
+            ct.main(ct.parse_args(["--resume", str(tmp_path / "r"), f"--{option}", new]))
+    with pytest.raises(UserError, match=r"is a run of ct\.py"):
+        fixup_penalty.main(fixup_penalty.parse_args(["--resume", str(tmp_path / "r")]))
     assert "error/student" in ct.main(ct.parse_args(["--resume", str(tmp_path / "r")]))
 
 
@@ -284,10 +310,8 @@ def test_a_stop_between_domains_goes_on_with_all(tmp_path, monkeypatch, capsys, 
         at_step(patch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             run.cli(lambda a: ct.main(ct.parse_args(a)), lambda: argv)
-    (told,) = re.findall(r"go on with python ct\.py (.*)", capsys.readouterr().out)
-    final = ct.main(ct.parse_args(told.split()))
+    final = ct.main(ct.parse_args(told(capsys)))
     assert {k.split("/")[-1] for k in final} == set(shapes.STYLES)
-    assert run.Run.again is None
 
 
 def test_second_ctrl_c_does_not_wait(tmp_path, monkeypatch, own_signals):
@@ -376,24 +400,24 @@ def test_no_loadable_checkpoint_is_an_error(tmp_path, monkeypatch):
         train_ct(out, "--resume", "auto")
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-def test_the_last_are_kept(tmp_path, keep):
-    """--save-minutes ~0: every step; the newest K stay, numbered by their age."""
-    train_ct(tmp_path / "r", "--save-minutes", "1e-9", "--keep", str(keep))
-    names = ["last.pt", *(f"last.{age}.pt" for age in range(1, keep))]
-    assert sorted(names) == sorted(file.name for file in tmp_path.glob("r/*.pt"))
-    steps = [run.load_checkpoint(tmp_path / "r" / name)["step"] for name in names]
-    assert steps == list(range(9, 9 - keep, -1))
+def test_two_checkpoints_while_it_trains_one_when_it_ended(tmp_path, monkeypatch):
+    """--save-minutes ~0: every step. The one before is kept until the network is trained."""
+    interrupted(train_ct, tmp_path / "r", monkeypatch, 7, "--save-minutes", "1e-9")
+    names = ["last.1.pt", "last.pt"]
+    assert names == sorted(file.name for file in tmp_path.glob("r/*.pt"))
+    assert [run.load_checkpoint(tmp_path / "r" / name)["step"] for name in names] == [6, 7]
+    train_ct(tmp_path / "r", "--resume", "auto")
+    assert [file.name for file in tmp_path.glob("r/*.pt")] == ["last.pt"]
 
 
 def test_minutes_and_epochs(tmp_path, monkeypatch):
     """Every epoch by default; with --save-every 3 and no minutes only the end is written."""
     saved = []
-    monkeypatch.setattr(run.Run, "save", lambda self, name, c: saved.append(c["step"]))
+    monkeypatch.setattr(run.RunDir, "save", lambda self, name, c: saved.append(c["step"]))
     train_ct(tmp_path / "a")
     train_ct(tmp_path / "b", "--save-every", "3")
     now = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     at_step(monkeypatch, 4, lambda: now.__setitem__(0, 121.0))
     train_ct(tmp_path / "c", "--save-every", "3", "--save-minutes", "2")
     assert saved == [3, 6, 9, 9, 5, 9]
@@ -463,8 +487,10 @@ def test_file_system_without_links(tmp_path, monkeypatch):
 
 def test_options_that_do_not_fit_the_checkpoint(tmp_path, monkeypatch):
     interrupted(train_ct, tmp_path / "r", monkeypatch, 7)
+    options = json.loads((tmp_path / "r" / "args.json").read_text()) | {"arch": "resnet14"}
+    (tmp_path / "r" / "args.json").write_text(json.dumps(options))
     with pytest.raises(UserError, match=r"last.pt: does not fit these options"):
-        train_ct(tmp_path / "r", "--resume", str(tmp_path / "r"), "--arch", "resnet14")
+        ct.main(ct.parse_args(["--resume", str(tmp_path / "r")]))
 
 
 # --- the run directory ----------------------------------------------------------------------------
@@ -473,7 +499,7 @@ HOLDER = """
     import sys, time
     from pathlib import Path
     from common import run
-    run.lock(Path(sys.argv[1]))
+    held = run.lock(Path(sys.argv[1]))
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -483,7 +509,7 @@ def test_two_runs_in_one_directory(tmp_path):
     """The second is refused and touches nothing; when the first is killed the lock is gone."""
     out = tmp_path / "r"
     train_ct(out)
-    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    before = {f.name: f.stat().st_mtime_ns for f in out.iterdir() if f.is_file()}
     holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HOLDER), str(out)],
                               cwd=run.ROOT, stdout=subprocess.PIPE, text=True)  # fmt: skip
     try:
@@ -521,8 +547,8 @@ def test_events_reach_the_disk_with_the_checkpoint(tmp_path, monkeypatch):
     seen = []
 
     def look():
-        events = EventAccumulator(str(tmp_path / "r")).Reload()
-        seen.extend(event.step for event in events.Scalars("student/loss"))
+        events = EventAccumulator(str(tmp_path / "r" / "student")).Reload()
+        seen.extend(event.step for event in events.Scalars("loss"))
 
     at_step(monkeypatch, 7, look)
     train_ct(tmp_path / "r")
@@ -534,19 +560,19 @@ def test_events_reach_the_disk_with_the_checkpoint(tmp_path, monkeypatch):
 
 def poison(monkeypatch, steps, what):
     """Let the loss, or the gradients alone, of these steps be NaN."""
-    real = run.Guard.fine
+    real = run.Loop.step
 
-    def fine(self, step, lr, loss, norm):
-        if step in steps:
+    def step(self, lr, clip=0.0):
+        if self.done - 1 in steps:
             for parameter in self.model.parameters():
                 parameter.grad.mul_(torch.nan)
             for buffer in self.model.buffers():
                 if buffer.is_floating_point() and what == "loss":
                     buffer.mul_(torch.nan)  # as running statistics of a batch with NaN
-            norm, loss = norm * torch.nan, loss * (torch.nan if what == "loss" else 1)
-        return real(self, step, lr, loss, norm)
+            self._loss = self._loss * (torch.nan if what == "loss" else 1)
+        return real(self, lr, clip)
 
-    monkeypatch.setattr(run.Guard, "fine", fine)
+    monkeypatch.setattr(run.Loop, "step", step)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -567,32 +593,8 @@ def test_nan_stops_the_run(tmp_path, monkeypatch, name, what):
         assert run.load_checkpoint(path)["step"] == 3 and finite(path)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_nan_steps_are_left_out(tmp_path, monkeypatch, name):
-    """Up to --max-skips: statistics and momentum stay as before the step, one more stops."""
-    train, file = TRAINERS[name]
-    with monkeypatch.context() as patch:
-        poison(patch, {2, 4}, "loss")
-        train(tmp_path / "r", "--max-skips", "2")
-    checkpoint = run.load_checkpoint(tmp_path / "r" / file)
-    assert checkpoint["step"] == 9 and checkpoint["skipped"] == 2 and finite(tmp_path / "r" / file)
-    assert [x["step"] for x in lines(tmp_path / "r") if x.get("event") == "skip"] == [2, 4]
-    with monkeypatch.context() as patch:
-        poison(patch, {2, 4, 5}, "gradient")
-        if name == "bn_ablation":
-            assert train(tmp_path / "s", "--max-skips", "2")["diverged/bn-lr0.1"] == 5
-        else:
-            with pytest.raises(run.Diverged, match="step 5"):
-                train(tmp_path / "s", "--max-skips", "2")
-
-
-def test_skipping_nothing_changes_nothing(whole, tmp_path):
-    train_ct(tmp_path / "r", "--max-skips", "3")
-    assert same(weights(tmp_path / "r" / "last.pt"), weights(whole["ct"] / "last.pt"))
-
-
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
-    record = run.Run(argparse.Namespace(out=str(tmp_path), overwrite=False, resume=None, seed=0,
+    record = run.RunDir(argparse.Namespace(out=str(tmp_path), overwrite=False, resume=None, seed=0,
                                         dataset="shapes", arch="resnet8"), __file__)  # fmt: skip
     model = models.build("resnet8")
     for name in ("conv1.weight", "bn1.running_var"):
@@ -642,18 +644,16 @@ def peak():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
-@pytest.mark.parametrize("skips", ["0", "5"])
-def test_memory_does_not_grow(tmp_path, monkeypatch, skips):
+def test_memory_does_not_grow(tmp_path, monkeypatch):
     """2,000 steps with 42 checkpoints and their logs: less than 2 % above that of step 200."""
-    found, real = {}, run.Guard.save
+    found, real = {}, run.Loop.step
 
-    def save(self, done, **state):
-        real(self, done, **state)
-        if done in (200, 1000, 2000):
-            found[done] = peak()
+    def step(self, lr, clip=0.0):
+        real(self, lr, clip)
+        if self.done in (200, 1000, 2000):
+            found[self.done] = peak()
 
-    monkeypatch.setattr(run.Guard, "save", save)
-    options = "--batch-size 8 --epochs 167 --save-every 4 --eval-every 4 --max-skips"
-    train_ct(tmp_path / "r", *options.split(), skips)
+    monkeypatch.setattr(run.Loop, "step", step)
+    train_ct(tmp_path / "r", *"--batch-size 8 --epochs 167 --save-every 4 --eval-every 4".split())
     print({k: f"{v:.1f} MiB" for k, v in found.items()})
     assert found[2000] < 1.02 * found[200]

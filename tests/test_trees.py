@@ -321,7 +321,7 @@ def test_camelyon17_official_splits(camelyon, capsys):
 
 def test_camelyon17_held_out_parts_are_mixed(camelyon, monkeypatch):
     plain = load("camelyon17", camelyon, image_size=None)
-    monkeypatch.setattr(data, "shuffled", lambda n: torch.arange(n).flip(0))
+    monkeypatch.setattr(data.sets, "shuffled", lambda n: torch.arange(n).flip(0))
     turned = load("camelyon17", camelyon, image_size=None)
     for part in ("val", "test"):
         a, b = (getattr(d, part) for d in (plain, turned))

@@ -188,6 +188,7 @@ class Loop:
             return
         last_step = self._seen[-1][0]
         if self.scaler.is_enabled() and self.scaler.get_scale() < FP16_LEAST:
+            self.rundir.training = False
             raise Diverged(
                 "fp16: no gradient was finite for many steps, however small the loss was scaled; "
                 "take --precision bf16 or fp32, or lower --lr",
@@ -195,6 +196,8 @@ class Loop:
             )
         values = torch.stack([v for *_, v in self._seen])
         values = (mean(values) if together else values).tolist()
+        if not all(math.isfinite(loss + norm) for loss, norm in values):
+            self.rundir.training = False
         for (step, lr, _), (loss, norm) in zip(self._seen, values, strict=True):
             check_finite(loss, step, lr, norm)
         if together:
