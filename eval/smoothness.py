@@ -8,6 +8,8 @@ lengths and eps are in pixel units of 1/255. Means are over the images, all arit
 
 gradient   ||dL/dx||_1 / 255, nats per 1/255: the first-order rise of L for an Linf step of 1/255.
            ||dL/dx||_2, nats per unit of L2 distance.
+ligs       local input-gradient similarity: the cosine of dL/dx at x and at x + noise, noise uniform
+           in the Linf ball of eps, the mean over --ligs-samples draws. 1 is a locally linear L.
 lipschitz  max of ||f(x') - f(x)||_1 / ||x' - x||_inf, logits per 1/255, over x' of the eps-ball
            (Yang et al. 2020, here of logits). A lower bound: the largest found by PGD on the
            numerator in balls of eps, eps/2, eps/4 and eps/8, --steps in all, from random starts.
@@ -30,7 +32,6 @@ Writes the numbers, distributions included, as JSON, the surface as an SVG, both
 
 import contextlib
 import html
-import json
 import math
 import sys
 from pathlib import Path
@@ -41,22 +42,30 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import attacks, data, models, run
 
-MEASURES = ("gradient", "lipschitz", "surface", "margin", "logits", "hessian")
+MEASURES = ("gradient", "ligs", "lipschitz", "surface", "margin", "logits", "hessian")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     models.add_arguments(parser)
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--measures", type=measures, default=list(MEASURES), metavar="A,B")
+    parser.add_argument("--data-dir", default="data", help="folder of the data sets")
+    parser.add_argument(
+        "--measures", type=measures, default=list(MEASURES), metavar="A,B",
+        help=f"of {', '.join(MEASURES)} (default: all)",
+    )  # fmt: skip
     parser.add_argument(
         "--limit", type=run.nonnegative(int), default=200, metavar="N",
         help="N test images, the same number of each class (0: all)",
     )  # fmt: skip
     parser.add_argument("--eps", type=float, default=8.0, help="radius of the ball in 1/255")
     parser.add_argument("--steps", type=run.positive(int), default=20, help="of PGD (lipschitz)")
-    parser.add_argument("--fab-steps", type=run.positive(int), default=20)
+    parser.add_argument(
+        "--fab-steps", type=run.positive(int), default=20, help="of FAB towards each class"
+    )
+    parser.add_argument(
+        "--ligs-samples", type=run.positive(int), default=4, help="draws of noise per image"
+    )
     parser.add_argument("--targets", type=run.positive(int), default=9, help="classes for FAB")
     parser.add_argument("--iterations", type=run.positive(int), default=20, help="for the Hessian")
     parser.add_argument("--surface-images", type=run.positive(int), default=16)
@@ -64,8 +73,15 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=run.positive(int), default=100)
     parser.add_argument("--seed", type=run.nonnegative(int), default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", help="default: <first checkpoint>.smoothness.json")
-    parser.add_argument("--tensorboard", metavar="DIR", help="default: smoothness/ beside it")
+    parser.add_argument(
+        "--json", metavar="FILE", help="results (default: <first checkpoint>.smoothness.json)"
+    )
+    parser.add_argument(
+        "--tensorboard", metavar="DIR", help="pictures (default: smoothness/ beside the results)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace results of other settings"
+    )
     args = parser.parse_args(argv)
     if not 0 < args.eps <= 255:
         parser.error(f"--eps {args.eps:g} is not in (0, 255]: it is given in units of 1/255")
@@ -94,6 +110,21 @@ def gradient_norms(net, x, y):
     """(L1 norm / 255, L2 norm), each (N,)."""
     grad = input_gradient(net, x, y).flatten(1)
     return grad.abs().sum(1) / 255, grad.norm(dim=1)
+
+
+def ligs(net, x, y, eps, samples, seed, index):
+    """Mean cosine (N,) of the input gradients at x and at x + noise in the Linf ball of eps.
+
+    Benz et al. 2021 call it local input gradient similarity. NaN where a gradient is zero.
+    """
+    here = input_gradient(net, x, y).flatten(1)
+    total = torch.zeros(len(x), device=x.device)
+    for k in range(samples):
+        noise = attacks.start_noise(x, "linf", seed, index, "ligs", k)
+        there = input_gradient(net, (x + eps / 255 * noise).clamp_(0, 1), y).flatten(1)
+        size = here.norm(dim=1) * there.norm(dim=1)
+        total += (here * there).sum(1) / size
+    return total / samples
 
 
 def logit_distance(logits, clean, target):
@@ -272,6 +303,9 @@ def measure(model, x, y, rows, args):
                 l1, l2 = gradient_norms(net, images, labels)
                 add("gradient l1", l1)
                 add("gradient l2", l2)
+            if "ligs" in args.measures:
+                values = ligs(net, images, labels, args.eps, args.ligs_samples, args.seed, index)
+                add("ligs", values)
             if "lipschitz" in args.measures:
                 add("lipschitz", lipschitz(net, images, args.eps, args.steps, args.seed, index))
             if "margin" in args.measures:
@@ -303,6 +337,7 @@ def measure(model, x, y, rows, args):
 ROWS = (  # title, measure, what of it
     ("gradient, L1 (nats per 1/255)", "gradient l1", "mean"),
     ("gradient, L2 (nats per unit)", "gradient l2", "mean"),
+    ("gradient similarity, LIGS (cosine)", "ligs", "mean"),
     ("Lipschitz (logits per 1/255)", "lipschitz", "mean"),
     ("rise of L at eps (nats)", "surface", "rise"),
     ("decision margin, mean (1/255)", "margin", "mean"),
@@ -326,7 +361,9 @@ def lookup(result, measure, key):
 
 
 def shade(share):
-    """A colour between dark blue (0) and yellow (1), as (R,G,B) in 0..255."""
+    """A colour between dark blue (0) and yellow (1), as (R,G,B) in 0..255; grey for NaN."""
+    if not math.isfinite(share):
+        return (128, 128, 128)
     stops = ((20, 20, 90), (30, 110, 160), (70, 180, 120), (250, 230, 60))
     place = min(max(share, 0.0), 1.0) * (len(stops) - 1)
     k = min(int(place), len(stops) - 2)
@@ -336,6 +373,7 @@ def shade(share):
 def draw_surfaces(path, surfaces, eps):
     """SVG of the surfaces {label: {"offsets", "loss"}}, side by side on one scale of colours."""
     losses = [v for s in surfaces.values() for row in s["loss"] for v in row]
+    losses = [v for v in losses if math.isfinite(v)] or [0.0]
     low, high = min(losses), max(losses)
     side, top, gap, parts = 210, 40, 40, []
     for n, (label, s) in enumerate(surfaces.items()):
@@ -378,7 +416,7 @@ def write_tensorboard(folder, results):
                     if finite:
                         writer.add_histogram(f"{name}/{label}", torch.tensor(finite))
                         writer.add_scalar(f"{name} mean/{label}", value["mean"])
-                else:
+                elif math.isfinite(value):
                     writer.add_scalar(f"{name}/{label}", value)
 
 
@@ -389,45 +427,64 @@ def main(args):
     device = run.get_device(args.device)
     networks, name = models.for_evaluation(args, device)
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
+    first = Path(args.checkpoints[0])
+    first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
+    settings = {
+        "checkpoints": [facts["checkpoint"] for _, _, facts in networks], "dataset": name,
+        "images": len(y), "limit": args.limit, "measures": args.measures, "eps": args.eps,
+        "steps": args.steps, "fab_steps": args.fab_steps, "targets": args.targets,
+        "ligs_samples": args.ligs_samples, "iterations": args.iterations, "seed": args.seed,
+        "surface_images": args.surface_images,
+    }  # fmt: skip
+    place = run.Results(
+        "smoothness", first, settings,
+        path=args.json, tensorboard=args.tensorboard, overwrite=args.overwrite,
+    )  # fmt: skip
+    try:
+        x, y, rows = run.to_float(x.to(device)), y.to(device), rows.to(device)
+        return evaluate(args, networks, (name, x, y, rows, total), settings, place)
+    finally:
+        place.close()
+
+
+def evaluate(args, networks, images, settings, place):
+    """Measure the networks, print the table and write the results."""
+    name, x, y, rows, total = images
     print(
         f"{name} test, {len(y)} of {total} images; eps {args.eps:g}/255, seed {args.seed}; means "
         "over the images unless said otherwise"
     )
-    x, y = run.to_float(x.to(device)), y.to(device)
-    rows = rows.to(device)
-    results, entries = {}, []
+    general = [flag for flag in [attacks.check_eps(args.eps)] if flag]
+    results, entries, notes = {}, [], [f"warning: {flag}" for flag in general]
     for label, model, facts in networks:
+        logits = attacks.logits_in_fp32(model, x, args.batch_size)
+        broken = int((~logits.isfinite().all(1)).sum())
+        warnings = list(general)
+        if broken:
+            warnings.append(
+                f"the logits of {broken} of {len(y)} images are not finite: they count as "
+                "misclassified, and measures of them as not found; mend the network"
+            )
+            notes.append(f"warning: {label}: {warnings[-1]}")
         results[label] = measure(model, x, y, rows, args)
-        error = run.evaluate(model, x, y, batch_size=args.batch_size)["error"]
-        entries.append(facts | {"clean": {"error": error}, "measures": results[label]})
+        error = run.metrics(logits, y)["error"]
+        entries.append(
+            facts | {"clean": {"error": error}, "measures": results[label], "warnings": warnings}
+        )
         print(f"{label}: done", flush=True)
     lines = [["clean error (%)", *(e["clean"]["error"] for e in entries)]]
     for title, measured, key in ROWS:
         if measured in entries[0]["measures"]:
             lines.append([title, *(lookup(r, measured, key) for r in results.values())])
     print("\n" + run.table(lines, ["", *results], ".4g"))
-    first = Path(args.checkpoints[0])
-    first = first / "last.pt" if first.is_dir() else first
-    first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
-    path = Path(args.json or first.with_suffix(".smoothness.json"))
-    output = {
-        "command": "python " + " ".join(["eval/smoothness.py", *sys.argv[1:]]),
-        "versions": run.versions(), "dataset": name, "split": "test", "images": len(y),
-        "limit": args.limit, "eps": args.eps, "steps": args.steps, "fab_steps": args.fab_steps,
-        "targets": args.targets, "iterations": args.iterations, "seed": args.seed,
-        "surface_images": args.surface_images, "checkpoints": entries,
-    }  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(output, indent=1) + "\n")
-        if "surface" in args.measures:
-            picture = path.with_suffix(".svg")
-            draw_surfaces(picture, {k: r["surface"] for k, r in results.items()}, args.eps)
-            print(f"written: {picture}")
-    except OSError as error:
-        raise run.UserError(f"cannot write {path}: {error.strerror}; give --json") from None
-    write_tensorboard(args.tensorboard or first.parent / "smoothness", results)
-    print(f"written: {path}")
+    if notes:
+        print("\n".join(["", *notes]))
+    output = place.write({"split": "test"} | settings | {"checkpoints": entries})
+    if "surface" in args.measures:
+        picture = place.path.with_suffix(".svg")
+        draw_surfaces(picture, {k: r["surface"] for k, r in results.items()}, args.eps)
+        print(f"written: {picture}")
+    write_tensorboard(place.folder, results)
     return output
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import models, run
+from common import attacks, models, run
 from common.run import UserError
 
 SCRIPT = run.ROOT / "eval" / "smoothness.py"
@@ -138,6 +138,26 @@ def test_surface_of_a_linear_network():
     assert (surface[:, 2].diff() > 0).all()
 
 
+def test_ligs_by_hand():
+    """Of two classes dL/dx points along w_1 - w_0 everywhere: cosine 1. Of L = -log p with a
+    gradient that turns with the point, the mean of the cosines at the same noise."""
+    net, x, y = linear(2)
+    found = script.ligs(net, x, y, 8, 3, 0, torch.arange(6))
+    torch.testing.assert_close(found, torch.ones(6), rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        net[1].weight *= 10
+    found = script.ligs(net, x, y, 32, 2, 0, torch.arange(6))
+    expected = torch.zeros(6)
+    for k in range(2):
+        noise = attacks.start_noise(x, "linf", 0, torch.arange(6), "ligs", k)
+        pair = [script.input_gradient(net, v, y) for v in (x, (x + 32 / 255 * noise).clamp(0, 1))]
+        expected += F.cosine_similarity(*(g.flatten(1) for g in pair)) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.max() < 0.99
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -179,8 +199,8 @@ def test_a_pair_side_by_side(folder, capsys):
     for entry in result["checkpoints"]:
         found = entry["measures"]
         assert set(found) == {
-            "gradient l1", "gradient l2", "lipschitz", "margin", "logit margin", "image hessian",
-            "parameter hessian", "surface",
+            "gradient l1", "gradient l2", "ligs", "lipschitz", "margin", "logit margin",
+            "image hessian", "parameter hessian", "surface",
         }  # fmt: skip
         assert len(found["margin"]["values"]) == 10 and min(found["margin"]["values"]) >= 0
         values = sorted(found["logit margin"]["values"])
@@ -191,7 +211,7 @@ def test_a_pair_side_by_side(folder, capsys):
     assert first["gradient l2"] != second["gradient l2"]
     svg = out.with_suffix(".svg").read_text()
     assert svg.count("<path") == 18 and svg.count('font-weight="bold"') == 2
-    assert list((folder / "bn" / "smoothness").glob("events*"))
+    assert list((folder / "smoothness").glob("events*"))
     again = script.main(script.parse_args(options))
     assert again["checkpoints"] == result["checkpoints"]  # the seed decides
 
@@ -202,6 +222,42 @@ def test_some_measures(folder):
     found = result["checkpoints"][0]["measures"]
     assert set(found) == {"logit margin", "gradient l1", "gradient l2"}
     assert (folder / "bn" / "last.smoothness.json").is_file()
+
+
+def test_logits_that_are_not_finite(folder, capsys):
+    """A table, valid JSON and a warning instead of a traceback, for every measure."""
+    state = run.load_checkpoint(folder / "bn")
+    state["model"]["fc.weight"][3] *= torch.nan
+    run.save_checkpoint(folder / "bn" / "last.pt", state)
+    options = [str(folder / "bn"), *QUICK, "--data-dir", str(folder)]
+    result = script.main(script.parse_args(options))
+    (entry,) = result["checkpoints"]
+    assert entry["clean"]["error"] == 100 and "logits of 10 of 10 images" in entry["warnings"][0]
+    assert "warning: bn: the logits of 10 of 10" in capsys.readouterr().out
+    text = (folder / "bn" / "last.smoothness.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text and json.loads(text) == result
+
+
+def test_results_of_other_settings_are_not_replaced(folder):
+    options = [str(folder / "bn"), *QUICK, "--measures", "logits", "--data-dir", str(folder)]
+    script.main(script.parse_args([*options, "--eps", "4"]))
+    with pytest.raises(UserError, match=r"another eps \(4.0, now 0.03\): --overwrite"):
+        script.main(script.parse_args([*options, "--eps", "0.03"]))
+    again = script.main(script.parse_args([*options, "--eps", "0.03", "--overwrite"]))
+    assert "--eps 7.65" in again["checkpoints"][0]["warnings"][0]
+    (folder / "bn" / "last.smoothness.json").write_text("no json")
+    with pytest.raises(UserError, match="is no results file"):
+        script.main(script.parse_args(options))
+
+
+def test_unwritable_json_is_known_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(script, "measure", lambda *a: pytest.fail("a measure ran"))
+    options = [str(folder / "bn"), *QUICK, "--data-dir", str(folder)]
+    with pytest.raises(UserError, match="is a folder"):
+        script.main(script.parse_args([*options, "--json", str(folder)]))
+    (folder / "file").write_text("")
+    with pytest.raises(UserError, match="give --tensorboard elsewhere"):
+        script.main(script.parse_args([*options, "--tensorboard", str(folder / "file" / "x")]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -105,6 +106,7 @@ class Results:
             "settings": self.settings,
             **output,
         }
+        output = finite(output)
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             part.write_text(json.dumps(output, indent=1) + "\n")
@@ -122,6 +124,15 @@ class Results:
                 os.unlink(self._lock.name)
             self._lock.close()
             self._lock = None
+
+
+def finite(value):
+    """The value with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def brief(value):
