@@ -115,6 +115,9 @@ def parse_args(argv=None):
     if args.label_smoothing is None:
         args.label_smoothing = 0.0 if args.loss == "trades" else 0.1
     check_options(args)
+    warning = attacks.check_eps(args.eps, args.attack_norm)
+    if warning and is_attacked(args):
+        print(f"warning: {warning}")
     return args
 
 

@@ -374,3 +374,12 @@ def test_error_is_one_line_and_status_2():
         [sys.executable, nofrost.__file__, "--streams", "adv"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "clean" in done.stderr
+
+
+def test_eps_of_another_unit_is_a_warning(capsys):
+    """8/255 given as 0.0314; without adversarial training eps has no effect."""
+    nofrost.parse_args([*FAST, "--eps", "0.0314"])
+    assert "warning: eps 0.0314 is in units of 1/255" in capsys.readouterr().out
+    nofrost.parse_args([*FAST, "--eps", "0.0314", "--lam", "0"])
+    nofrost.parse_args([*FAST, "--eps", "8"])
+    assert "warning" not in capsys.readouterr().out
