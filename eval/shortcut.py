@@ -1,0 +1,264 @@
+"""Who leans on a faint shortcut: how early, and from which size on? A study of this repository.
+
+    python eval/shortcut.py shapes                   # against training steps, one line a normaliser
+    python eval/shortcut.py cifar10 --data-dir data  # against the size of the grating
+    python eval/shortcut.py cifar10 --draw           # the figure of what is finished
+
+Every training image carries a grating that tells its class (common/data/shortcut.py). In the test
+set "swapped" it is that of another class. A network that reads the grating then answers wrongly; a
+network that looks at the picture does not notice. So the swapped accuracy measures the reliance.
+
+Each network is one row {data, norm, levels, seed, ...} of a JSON file, written when it is finished.
+A run that was stopped goes on with the rows that are missing. `ct` is the student of ct.py with
+BatchNorm; its teacher is the network `none` of the same seed and size.
+
+What limits the study: one kind of pattern, drawn by us; one small architecture; one recipe for each
+normaliser. Networks without a normaliser train twice as long as those with one.
+"""
+
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import data, models, run
+
+RESULTS = Path(__file__).parent / "results"
+ARCH = "wrn10-1"
+RATES = {  # peak rate and largest gradient norm (0: none); where a norm is absent: 0.1, 0
+    "none": (0.2, 1.0),
+    "nf": (0.3, 1.0),
+    "fixup": (0.1, 1.0),
+}
+STUDIES = {  # epochs: of a normaliser that is absent, and of single ones
+    "shapes": {
+        "norms": ["bn", "none", "gn", "ln", "in", "nf", "fixup"], "sizes": [3.0], "limit": 0,
+        "epochs": {"other": 20},
+    },
+    "cifar10": {
+        "norms": ["bn", "none", "ct"], "sizes": [1.0, 2.0, 3.0, 0.0, 5.0, 4.0], "limit": 20_000,
+        "epochs": {"other": 8, "none": 16, "nf": 16, "fixup": 16},
+    },
+}  # fmt: skip
+LAM = 20.0  # of CT, with the cosine of pooled features
+FEW = 1000  # test images of the accuracies before the end
+BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
+
+
+def parse_args(argv=None):
+    parser = run.Parser(__file__, __doc__)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--norms", type=run.listed(str), help="default: those of the study")
+    parser.add_argument("--sizes", type=run.listed(run.nonnegative(float)), help="grey levels")
+    parser.add_argument("--seeds", type=run.positive(int), default=3)
+    parser.add_argument("--limit", type=run.nonnegative(int), help="training images; 0: all")
+    parser.add_argument("--epochs", type=run.positive(int), help="of every network")
+    parser.add_argument("--json", type=Path, help="default: eval/results/shortcut_<study>.json")
+    parser.add_argument("--draw", action="store_true", help="draw the figure and train nothing")
+    args = parser.parse_args(argv)
+    study = STUDIES[args.study]
+    args.norms = args.norms or study["norms"]
+    args.sizes = args.sizes or study["sizes"]
+    args.limit = study["limit"] if args.limit is None else args.limit
+    args.json = args.json or RESULTS / f"shortcut_{args.study}.json"
+    known = {*models.NORMS, "ct"}
+    if unknown := set(args.norms) - known:
+        raise run.UserError(f"--norms {', '.join(sorted(unknown))}: choose from {sorted(known)}")
+    return args
+
+
+def epochs_of(norm, args):
+    table = STUDIES[args.study]["epochs"]
+    return args.epochs or table.get(norm, table["other"])
+
+
+def lr_at(step, total, peak, warmup):
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def build(norm, seed, dataset):
+    """A network whose weights depend on the seed and the normaliser alone."""
+    torch.manual_seed(run.seed_key(seed, "init"))
+    model = models.build(ARCH, "bn" if norm == "ct" else norm, **dataset.model_kwargs)
+    return model.to(memory_format=torch.channels_last)
+
+
+def accuracies(model, dataset, precision, few=None):
+    """{"clean", "without", "swapped": accuracy %} on the first `few` test images, or all. Without
+    a grating in the data set the three are the same."""
+    tests = dict.fromkeys(("clean", "without", "swapped"), dataset.test) | dataset.shortcut_tests
+    found = {}
+    for name, images in tests.items():
+        if images is dataset.test and found:
+            found[name] = found["clean"]
+            continue
+        part = images.take(slice(0, few)) if few else images
+        found[name] = round(100 - run.evaluate(model, part, precision)["error"], 3)
+    return found
+
+
+def train(norm, seed, dataset, epochs, precision, teacher=None):
+    """Train a network. Returns it and its curve: after every epoch {"step", "loss" of that batch,
+    "clean", "without", "swapped"}."""
+    model = build(norm, seed, dataset)
+    peak, clip = RATES.get(norm, (0.1, 0.0))
+    scalars = [p for n, p in model.named_parameters() if norm == "fixup" and p.numel() == 1]
+    rest = [p for p in model.parameters() if not any(p is s for s in scalars)]
+    groups = [{"params": rest, "scale": 1.0}]
+    if scalars:
+        groups.append({"params": scalars, "scale": 0.1})  # Fixup's rule for its scalars
+    optimizer = torch.optim.SGD(
+        groups, peak, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+    )  # fmt: skip
+    batches = data.Batches(dataset.train, BATCH_SIZE, seed, True, dataset.flip)
+    total, curve = epochs * batches.per_epoch, []
+    for step in range(total):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * lr_at(step, total, peak, batches.per_epoch)
+        x, y = batches(step)
+        with precision.autocast():
+            logits, f_s = model(x, with_features=True)
+        loss = F.cross_entropy(logits, y)
+        if teacher is not None:
+            with torch.no_grad(), precision.autocast():
+                _, f_t = teacher(x, with_features=True)
+            loss = loss + LAM * (1 - F.cosine_similarity(f_s, f_t, dim=1).mean())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        optimizer.step()
+        done = step + 1
+        if done % batches.per_epoch == 0:
+            curve.append({"step": done, "loss": round(loss.item(), 4)})
+            few = None if done == total else FEW
+            curve[-1] |= accuracies(model.eval(), dataset, precision, few)
+    return model.eval(), curve
+
+
+def read(path):
+    """The finished rows of a JSON file; [] where there is none."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def write(path, rows, args):
+    """The file as a whole, so that a stopped run leaves the old one or the new one."""
+    about = {"command": f"python eval/shortcut.py {args.study}", "arch": ARCH, "lam": LAM}
+    about |= {"batch_size": BATCH_SIZE, "versions": run.versions()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def key_of(row):
+    return row["norm"], float(row["levels"]), row["seed"], row["epochs"], row["images"]
+
+
+def teacher_for(levels, seed, dataset, args, precision):
+    """The network `none` of this size and seed: from the folder of weights, or trained."""
+    epochs = epochs_of("none", args)
+    name = f"{args.study}-none-{levels:g}-{len(dataset.train)}-{epochs}-s{seed}.pt"
+    path = Path("runs/shortcut") / name
+    if path.is_file():
+        model = build("none", seed, dataset)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval(), None
+    model, curve = train("none", seed, dataset, epochs, precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model, curve
+
+
+def sentence(rows, study):
+    """What the numbers say, made from them."""
+    last = {}
+    for row in rows:
+        last.setdefault((row["levels"], row["norm"]), []).append(row["curve"][-1])
+    parts = []
+    for levels in sorted({k[0] for k in last}):
+        words = []
+        for (size, norm), ends in last.items():
+            if size == levels:
+                clean, swapped = (statistics.mean(e[k] for e in ends) for k in ("clean", "swapped"))
+                words.append(f"{norm} {clean:.1f} / {swapped:.1f}")
+        parts.append(f"{levels:g} levels: {', '.join(words)}")
+    return f"{study}, accuracy % clean / swapped at the end; " + "; ".join(parts)
+
+
+def figure(rows, study, path):
+    """The SVG: swapped accuracy against steps (shapes) or against the grating's size (cifar10)."""
+    from figures import line_plot
+
+    points = {}
+    for row in rows:
+        at = {c["step"]: c["swapped"] for c in row["curve"]}
+        if study != "shapes":
+            at = {row["levels"]: row["curve"][-1]["swapped"]}
+        for x, value in at.items():
+            points.setdefault(row["norm"], {}).setdefault(x, []).append(value)
+    order = [n for n in ("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup") if n in points]
+    lines = {}
+    for norm in order:
+        lines[norm] = []
+        for x, values in sorted(points[norm].items()):
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            lines[norm].append((x, statistics.mean(values), spread))
+    label = "training steps" if study == "shapes" else "size of the grating, grey levels of 255"
+    line_plot(path, lines, label, "accuracy with the grating swapped, %")
+
+
+def main(args):
+    rows = read(args.json)
+    if not args.draw:
+        precision = run.Precision("auto", "cpu")
+        finished = {key_of(row) for row in rows}
+        name = "shapes-shortcut" if args.study == "shapes" else args.study
+        dataset, loaded = None, None
+        for seed, levels, norm in itertools.product(range(args.seeds), args.sizes, args.norms):
+            images = args.limit or 10_000
+            epochs = epochs_of(norm, args)
+            row = {"data": name, "norm": norm, "levels": levels, "seed": seed}
+            row |= {"epochs": epochs, "images": images}
+            if key_of(row) in finished:
+                continue
+            if loaded != levels:
+                options = {"limit": args.limit, "shortcut_levels": levels}
+                dataset, loaded = data.load(name, args.data_dir, **options), levels
+            begun = time.process_time()
+            teacher = None
+            if norm == "ct":
+                teacher, _ = teacher_for(levels, seed, dataset, args, precision)
+                teacher.requires_grad_(False)
+                begun = time.process_time()
+            if norm == "none":
+                _, curve = teacher_for(levels, seed, dataset, args, precision)
+                if curve is None:  # its weights lie there, its curve does not: train it again
+                    _, curve = train(norm, seed, dataset, epochs, precision)
+            else:
+                _, curve = train(norm, seed, dataset, epochs, precision, teacher)
+            row |= {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
+            rows = [*read(args.json), row]
+            write(args.json, rows, args)
+            ends = "  ".join(f"{k} {v:.2f}" for k, v in curve[-1].items())
+            print(f"{norm}, {levels:g} levels, seed {seed}: {ends}", flush=True)
+    if not rows:
+        raise run.UserError(f"{args.json}: no finished network to draw; run without --draw first")
+    path = args.json.with_suffix(".svg")
+    figure(rows, args.study, path)
+    print(f"{sentence(rows, args.study)}\nfigure: {path}")
+
+
+if __name__ == "__main__":
+    run.cli(main, parse_args)
