@@ -73,7 +73,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=run.nonnegative(int), default=0, metavar="N",
-        help="N test images, the same number of each class (0: all)",
+        help="N test images, the same number of each class; 0 is all",
     )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=run.positive(int), default=250, help="images attacked at once"

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=run.nonnegative(int), default=200, metavar="N",
-        help="N test images, the same number of each class (0: all)",
+        help="N test images, the same number of each class; 0 is all",
     )  # fmt: skip
     parser.add_argument("--eps", type=float, default=8.0, help="radius of the ball in 1/255")
     parser.add_argument("--steps", type=run.positive(int), default=20, help="of PGD (lipschitz)")
@@ -68,11 +68,19 @@ def parse_args(argv=None):
     )
     parser.add_argument("--targets", type=run.positive(int), default=9, help="classes for FAB")
     parser.add_argument("--iterations", type=run.positive(int), default=20, help="for the Hessian")
-    parser.add_argument("--surface-images", type=run.positive(int), default=16)
-    parser.add_argument("--surface-points", type=run.positive(int), default=21, help="per side")
-    parser.add_argument("--batch-size", type=run.positive(int), default=100)
-    parser.add_argument("--seed", type=run.nonnegative(int), default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--surface-images", type=run.positive(int), default=16, help="images of the loss surface"
+    )
+    parser.add_argument(
+        "--surface-points", type=run.positive(int), default=21, help="of the surface, per side"
+    )
+    parser.add_argument(
+        "--batch-size", type=run.positive(int), default=100, help="images measured at once"
+    )
+    parser.add_argument(
+        "--seed", type=run.nonnegative(int), default=0, help="of all random numbers"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--json", metavar="FILE", help="results (default: <first checkpoint>.smoothness.json)"
     )
