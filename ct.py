@@ -45,7 +45,7 @@ from common import corruptions, data, models, run
 
 NORMS = ("bn", "gn", "in", "ln", "none")
 DEFAULTS = {
-    "shapes": {"arch": "wrn10-1", "epochs": 10, "lam": 20.0, "eval_every": 1},
+    "shapes": {"arch": "wrn10-1", "epochs": 8, "lam": 20.0, "eval_every": 1},
     "cifar10": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
     "cifar100": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
     "svhn": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},

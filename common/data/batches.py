@@ -13,22 +13,22 @@ class Batches:
 
     images: Images; the rows of an epoch's order that fill no batch are left out.
     augment: for tensors a random crop after zero padding by an eighth of the side (4 pixels at 32,
-    as He et al. 2016) and, with `flip`, horizontal flip; for files what `folders.Stream` does, with
-    `share` for this process's rows alone. The draws of an epoch come from a CPU generator, so they
-    are the same on every device, and go to the device in one transfer.
+    as He et al. 2016) and, with `flip`, horizontal flip; for files what `folders.Stream` does. The
+    draws of an epoch come from a CPU generator, so they are the same on every device, and go to the
+    device in one transfer. They are made for the global batch of `batch_size`, of which each
+    process gets its own rows, or all of them with `whole`.
     """
 
-    def __init__(self, images, batch_size, seed, augment=True, flip=True, share=True, whole=False):
-        share = not whole
-        self.whole = whole
+    def __init__(self, images, batch_size, seed, augment=True, flip=True, whole=False):
         if batch_size > len(images.y):
             raise UserError(f"--batch-size {batch_size}: there are only {len(images.y)} images")
         self.images, self.batch_size, self.seed, self.augment = images, batch_size, seed, augment
         self.per_epoch = len(images.y) // batch_size
         self.pad, self.mirror = images.x.shape[-1] // 8, flip
+        self.own = slice(0, batch_size) if whole else run.rows(batch_size)
         self.epoch = self.stream = None
         if isinstance(images.x, folders.Files):
-            self.stream = folders.Stream(*images, batch_size, seed, augment, flip, share)
+            self.stream = folders.Stream(*images, batch_size, seed, augment, flip, not whole)
 
     def _draw(self, epoch):
         rng = run.generator(self.seed, "epoch", epoch)
@@ -39,13 +39,14 @@ class Batches:
         self.epoch = epoch
 
     def __call__(self, step):
-        """(x, y): float in [0,1] (B,3,S,S) channels_last, int64 (B,)."""
+        """(x, y) of this process: float in [0,1] (B,3,S,S) channels_last, int64 (B,)."""
         if self.stream:
             return self.stream(step)
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self._draw(epoch)
-        rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        first = i * self.batch_size
+        rows = slice(first + self.own.start, first + self.own.stop)
         x, y = self.images.take(self.order[rows])
         if self.augment:
             x = crop_flip(x, *self.shift[:, rows], self.flip[rows], self.pad)

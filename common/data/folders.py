@@ -587,7 +587,7 @@ class Stream:
 
     Steps in order are read ahead. Any other step starts the reading anew there, which decodes
     nothing before it; the last two batches are kept, for who asks twice. share: under torchrun
-    read only the rows that `run.share` leaves to this process; the others are zero.
+    read the rows of this process alone.
     """
 
     def __init__(self, files, y, batch_size, seed, augment=True, flip=True, share=False):
@@ -597,19 +597,15 @@ class Stream:
         self.following, self.batches, self.recent = None, None, {}
 
     def __call__(self, step):
-        """(x, y): float in [0,1] (B,3,S,S) channels_last, int64 (B,), on the device."""
+        """(x, y): float in [0,1] (B,3,S,S) channels_last, int64 (B,), on the device; with `share`
+        this process's rows of the B."""
         if step not in self.recent:
             if step != self.following:
                 settings = self.batch_size, self.seed, self.augment, step, self.part
                 schedule = Schedule(len(self.files), *settings)
                 self.batches = self.files.load(schedule, self.seed, self.flip)
             x, held = next(self.batches)
-            y = self.y[held]
-            if len(y) < self.batch_size:
-                whole = x.new_zeros(self.batch_size, *x.shape[1:]), y.new_zeros(self.batch_size)
-                whole[0][self.part], whole[1][self.part] = x, y
-                x, y = whole
-            self.recent = dict([*self.recent.items(), (step, (x, y))][-2:])
+            self.recent = dict([*self.recent.items(), (step, (x, self.y[held]))][-2:])
             self.following = step + 1
         x, y = self.recent[step]
         return run.to_float(x), y

@@ -22,7 +22,6 @@ from common.run.cli import (
 from common.run.device import (
     Precision,
     Sum,
-    SyncBatchNorm,
     generator,
     get_device,
     has_bf16,
@@ -69,7 +68,6 @@ __all__ = [
     "Run",
     "RunDir",
     "Sum",
-    "SyncBatchNorm",
     "UserError",
     "accuracy",
     "add_arguments",

@@ -11,9 +11,6 @@ from torch import nn
 
 from common.run.errors import UserError
 
-# Normalisers whose statistics of a batch are not those of the global batch when it is spread.
-NOT_SPREAD = ("bn-population", "bn-aux", "noise", "l1", "l2", "linf")
-
 
 def world():
     """Number of processes of this job; 1 without torchrun."""
@@ -61,18 +58,12 @@ def mean(x):
 
 def spread(model):
     """The model for training on a share of the global batch: gradients are the mean over the
-    processes, BatchNorm's statistics those of the global batch. `model` itself is changed so, and
-    keeps the names of its state. With one process: the model."""
+    processes. With one process: the model itself."""
     if world() == 1:
         return model
-    if model.spec["norm"] in NOT_SPREAD:
+    if any(getattr(module, "single_process", False) for module in model.modules()):
         raise UserError(f"norm {model.spec['norm']}: its statistics need one process (no torchrun)")
     device = next(model.parameters()).device
-    base = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, base):
-            kind = type(module)
-            module.__class__ = type(f"Sync{kind.__name__}", (kind, base), {"process_group": None})
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the new name of broadcast_buffers
@@ -89,25 +80,6 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return summed(grad.contiguous())
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's SyncBatchNorm runs on GPUs only; this one anywhere. Equal shares are assumed."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        axes, view = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
-        a, count = x.to(self.weight.dtype), x.numel() // x.shape[1] * world()
-        mean = Sum.apply(a.sum(axes)) / count
-        centred = a - mean.view(view)
-        var = Sum.apply(centred.square().sum(axes)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        scale = (self.weight * (var + self.eps).rsqrt()).view(view)
-        return (centred * scale + self.bias.view(view)).to(x.dtype)
 
 
 def get_device(name):

@@ -1,0 +1,192 @@
+"""Weights of checkpoints, of other projects and of torchvision."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import run
+from common.models.layers import Normalize
+from common.models.norms import NORMS
+from common.models.zoo import IMAGENET_RESNETS, build, from_checkpoint
+from common.run import UserError
+
+RENAMES = [  # names in other projects' checkpoints -> names here
+    (r"^(module\.|_orig_mod\.|model\.)+", ""),
+    (r"^linear\.", "fc."),
+    (r"\.shortcut\.(?=[01]\.)", ".downsample."),
+    (r"^(block\d)\.layer\.", r"\1."),
+    (r"\.convShortcut\.", ".shortcut."),
+    (r"^head\.fc\.", "fc."),  # timm's NF-ResNets
+    (r"^bias1$", "bn1.bias"),  # the authors' Fixup nets
+    (r"^bias2$", "fc.bias_in"),
+]
+
+
+def load_foreign(model, state):
+    """Load a state_dict of another project (torchvision, akamaster's and kuangliu's CIFAR nets,
+    the PyTorch Wide ResNet). Raises UserError naming what does not fit."""
+    state = next((state[k] for k in ("state_dict", "model", "net") if k in state), state)
+    renamed = {}
+    for key, value in state.items():
+        for pattern, new in RENAMES:
+            key = re.sub(pattern, new, key)
+        renamed[key] = value
+    own = model.state_dict()
+    ours = r"normalize\..*|.*num_batches_tracked"  # absent elsewhere, or in old files
+    renamed = {k: own[k] for k in own if re.fullmatch(ours, k)} | renamed
+    wrong = sorted(own.keys() ^ renamed.keys())
+    wrong += [k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape]
+    if wrong:
+        arch = model.spec["arch"]
+        raise UserError(f"the state_dict is no {arch}: {len(wrong)} entries differ, as {wrong[0]}")
+    model.load_state_dict(renamed)
+    return model.eval()
+
+
+def add_arguments(parser, nargs="+", datasets=None):
+    """Add the networks of an evaluation: checkpoints, state_dicts, torchvision's names."""
+    parser.add_argument(
+        "checkpoints", nargs=nargs, metavar="CHECKPOINT",
+        help="runs/x/last.pt, a run directory, or torchvision:resnet50 (ImageNet)",
+    )  # fmt: skip
+    group = parser.add_argument_group("state_dict of another project")
+    group.add_argument("--arch")
+    group.add_argument("--model-norm", default="bn", choices=NORMS, help="its normalisation")
+    group.add_argument("--dataset", choices=datasets, help="what it was trained on")
+    group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")
+    group.add_argument("--std", type=triple, metavar="R,G,B")
+
+
+def triple(text):
+    """argparse type: three numbers."""
+    values = tuple(float(v) for v in text.split(","))
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"{text}: three numbers, as 0.49,0.48,0.45")
+    return values
+
+
+def from_torchvision(name):
+    """An ImageNet network of torchvision with its first published weights, from torchvision's
+    cache; its normalisation inside."""
+    from torchvision import models as theirs
+
+    try:
+        weights = theirs.get_model_weights(name).IMAGENET1K_V1
+    except (ValueError, AttributeError):
+        raise UserError(f"torchvision:{name}: has no weights IMAGENET1K_V1") from None
+    form, rescales = weights.transforms(), ("googlenet", "inception_v3")  # with these weights
+    usual = form.crop_size == [224] and form.resize_size == [256]
+    if not usual or form.interpolation.value != "bilinear" or name in rescales:
+        raise UserError(
+            f"torchvision:{name}: takes other images than 224 of 256 pixels in ImageNet's mean and "
+            "deviation; evaluate such a network by hand"
+        )
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not file.is_file():
+        raise UserError(f"torchvision:{name}: no {file}; put {weights.url} there")
+    net = theirs.get_model(name)
+    net.load_state_dict(run.load_checkpoint(file, foreign=True))
+    model = nn.Sequential(Normalize(form.mean, form.std), net).eval()
+    model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
+    return model
+
+
+def for_evaluation(args, device):
+    """Networks of `add_arguments`: ([(label, model, facts)], name of the one data set of all).
+    facts: what the results file says of a network; its options are without paths."""
+    networks, paths = [], ("out", "data_dir", "teacher", "device")
+    for path in args.checkpoints:
+        label = Path(path).stem
+        if str(path).startswith("torchvision:"):
+            label = str(path).partition(":")[2]
+            model = from_torchvision(label)
+            facts = model.spec | {"dataset": "imagenet", "method": "torchvision"}
+        elif args.arch:
+            if not (args.dataset and args.mean and args.std):
+                raise UserError("--arch goes with --dataset, --mean and --std")
+            state = run.load_checkpoint(path, foreign=True)
+            tensors = next((state[k] for k in ("state_dict", "model", "net") if k in state), state)
+            heads = [v for v in tensors.values() if isinstance(v, torch.Tensor) and v.ndim == 2]
+            classes = len(heads[-1]) if heads else 10
+            size = {"imagenet": 224, "tiny-imagenet": 64}.get(args.dataset, 32)
+            model = build(args.arch, args.model_norm, classes, size, args.mean, args.std)
+            load_foreign(model, state)
+            facts = model.spec | {"dataset": args.dataset, "method": "foreign"}
+        else:
+            checkpoint = run.load_checkpoint(path)
+            model = from_checkpoint(checkpoint)
+            keys = ("method", "stage", "arch", "norm", "dataset", "num_classes", "step")
+            facts = {k: checkpoint.get(k) for k in keys}
+            options = checkpoint.get("args", {}).items()
+            facts["options"] = {k: v for k, v in options if k not in paths}
+            place = Path(path)
+            if place.is_dir() or place.name == "last.pt":
+                label = (place if place.is_dir() else place.parent).name or "last"
+            else:
+                label = f"{place.parent.name}/{place.stem}".strip("/")
+        model.to(device, memory_format=torch.channels_last)
+        networks.append((label, model, facts | {"checkpoint": str(path)}))
+    labels = [label for label, _, _ in networks]
+    for k, (label, model, facts) in enumerate(networks):
+        if labels.count(label) > 1:  # runs of the same name: by their paths
+            networks[k] = (facts["checkpoint"], model, facts)
+    if len({label for label, _, _ in networks}) < len(networks):
+        raise UserError("the same checkpoint is given twice")
+    found = sorted({str(facts["dataset"]) for _, _, facts in networks})
+    if len(found) > 1:
+        raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
+    return networks, found[0]
+
+
+def fold(conv, norm):
+    """(weight, bias) of the convolution that does what `conv` and then `norm`, BatchNorm in eval
+    mode, do. In fp64, for large gains make rounding visible."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - norm.running_mean.double() * scale
+    if conv.bias is not None:
+        bias = bias + conv.bias.double() * scale
+    weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def load_pretrained(model, file):
+    """Give `model` the backbone of ImageNet weights. Without BatchNorm it gets the convolutions
+    with BatchNorm folded in: the same function of an image as the other's in evaluation mode."""
+    arch, norm = model.spec["arch"], model.spec["norm"]
+    if norm not in ("bn", "none") or arch not in IMAGENET_RESNETS:
+        known = ", ".join(IMAGENET_RESNETS)
+        raise UserError(f"--pretrained: for {known} with norm bn or none, not {arch}, {norm}")
+    if file == "torchvision":
+        from torchvision.models import get_model_weights
+
+        url = get_model_weights(arch).IMAGENET1K_V1.url
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        if not file.is_file():
+            raise UserError(f"--pretrained: no {file}; put {url} there, or name a file")
+    source = build(arch, "bn", 1000, 224)
+    load_foreign(source, run.load_checkpoint(file, foreign=True))
+    modules, weights = dict(source.named_modules()), source.state_dict()
+    if norm == "none":
+        weights = {}
+        for name in [n for n, m in modules.items() if isinstance(m, nn.Conv2d)]:
+            shortcut = name.removesuffix("downsample.0") + "downsample.1"
+            follows = shortcut if "downsample" in name else name.replace("conv", "bn")
+            pair = fold(modules[name], modules[follows])
+            weights[f"{name}.weight"], weights[f"{name}.bias"] = pair
+    own = model.state_dict()
+    weights = {k: v for k, v in weights.items() if not k.startswith(("fc.", "normalize."))}
+    try:
+        model.load_state_dict(own | weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:100]
+        raise UserError(f"--pretrained: {arch} for this image size differs: {reason}") from None
+
+
+def copy_matching_weights(source, target):
+    """Give `target` the weights of `source` that have the same names and shapes."""
+    shapes = {k: v.shape for k, v in target.state_dict().items()}
+    weights = {k: v for k, v in source.state_dict().items() if v.shape == shapes.get(k)}
+    target.load_state_dict(weights, strict=False)

@@ -1,0 +1,171 @@
+"""Networks by name."""
+
+import re
+
+from common.models.init import init_fixup, init_glorot, init_he, init_without_norm
+from common.models.layers import Layers
+from common.models.networks import (
+    VGG,
+    AllConv,
+    BasicBlock,
+    Bottleneck,
+    DeepLinear,
+    DenseNet,
+    ResNet,
+    ResNeXt,
+    WideResNet,
+)
+from common.models.normfree import FIXUP, FixupLinear, NormFreeNet
+from common.models.norms import NORMS
+from common.run import UserError
+
+CIFAR_RESNETS = {f"resnet{d}": d for d in (8, 14, 20, 26, 32, 44, 56, 110)}
+
+IMAGENET_RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+def make_cifar_resnet(depth):
+    def make(layers, num_classes, mean, std, image_size):
+        depths, widths = ((depth - 2) // 6,) * 3, (16, 32, 64)
+        return ResNet(layers, num_classes, mean, std, BasicBlock, depths, widths, "cifar", "A")
+
+    return make
+
+
+def make_imagenet_resnet(block, depths):
+    def make(layers, num_classes, mean, std, image_size):
+        stem = "cifar" if image_size <= 64 else "imagenet"
+        widths = (64, 128, 256, 512)
+        return ResNet(layers, num_classes, mean, std, block, depths, widths, stem, "B")
+
+    return make
+
+
+def make_wide(depth, widen):
+    return lambda layers, k, mean, std, size: WideResNet(layers, k, mean, std, depth, widen)
+
+
+def make_norm_free(arch):
+    """NF-ResNet-26/50, or the counterpart without normalisers of a resnet* or wrnD-K."""
+
+    def make(layers, num_classes, mean, std, image_size):
+        if layers.name != "nf":
+            raise UserError(f"--arch {arch}: has no normaliser, so --norm nf (with one: resnet50)")
+        stem, bottleneck, stem_width = "cifar" if image_size <= 64 else "imagenet", False, 16
+        if arch in NF_RESNETS or arch in IMAGENET_RESNETS:
+            block, depths = IMAGENET_RESNETS.get(arch, (Bottleneck, NF_RESNETS.get(arch)))
+            bottleneck, stem_width = block is Bottleneck, 64
+            widths = [planes * block.expansion for planes in (64, 128, 256, 512)]
+        elif arch in CIFAR_RESNETS:
+            stem, depths, widths = "cifar", ((CIFAR_RESNETS[arch] - 2) // 6,) * 3, (16, 32, 64)
+        elif wide_size(arch):
+            depth, widen = wide_size(arch)
+            stem, depths = "cifar", ((depth - 4) // 6,) * 3
+            widths = (16 * widen, 32 * widen, 64 * widen)
+        else:
+            raise UserError(
+                f"--norm nf: not for {arch}; there are resnet*, wrnD-K, nf_resnet26 and nf_resnet50"
+            )
+        start = (0.0, 0.01) if arch in NF_RESNETS else (1.0, 0.1)
+        return NormFreeNet(
+            num_classes, mean, std, depths, widths, bottleneck, stem, stem_width, start
+        )
+
+    return make
+
+
+def make_vgg(depth, width=64):
+    convs = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}[depth]
+
+    def make(layers, num_classes, mean, std, image_size):
+        if image_size < 32:
+            raise UserError(f"vgg{depth}: needs images of >= 32 px, not {image_size}")
+        return VGG(layers, num_classes, mean, std, convs, width)
+
+    return make
+
+
+ARCHS = {name: make_cifar_resnet(depth) for name, depth in CIFAR_RESNETS.items()}
+
+ARCHS |= {name: make_imagenet_resnet(*plan) for name, plan in IMAGENET_RESNETS.items()}
+
+NF_RESNETS = {"nf_resnet26": (2, 2, 2, 2), "nf_resnet50": (3, 4, 6, 3)}
+
+ARCHS |= {name: make_norm_free(name) for name in NF_RESNETS}
+
+ARCHS |= {
+    "allconv": lambda layers, k, mean, std, size: AllConv(layers, k, mean, std),
+    "densenet40": lambda layers, k, mean, std, size: DenseNet(layers, k, mean, std, 40, 12),
+    "resnext29": lambda layers, k, mean, std, size: ResNeXt(layers, k, mean, std, 29, 4, 32),
+    "vgg11": make_vgg(11),
+    "vgg13": make_vgg(13),
+    "vgg16": make_vgg(16),
+    "dln25": lambda layers, k, mean, std, size: DeepLinear(layers, 25, k),
+}
+
+
+def wide_size(arch):
+    """(depth, widening) of a name wrnD-K or wrn28 (WRN-28-10); None for other names."""
+    wide = re.fullmatch(r"wrn(\d+)-(\d+)", "wrn28-10" if arch == "wrn28" else arch)
+    if wide is None:
+        return None
+    depth, widen = int(wide[1]), int(wide[2])
+    if depth < 10 or (depth - 4) % 6 or widen < 1:
+        raise UserError(f"--arch {arch}: a Wide ResNet has depth 6n+4 (10, 16, 22, 28, 40 ...)")
+    return depth, widen
+
+
+def constructor(arch):
+    """The constructor for a name: a key of ARCHS, `wrnD-K`, `wrn28` (WRN-28-10), or
+    `vggD-W`, a VGG whose first stage has W channels instead of 64."""
+    wide = wide_size(arch)
+    if wide:
+        return make_wide(*wide)
+    narrow = re.fullmatch(r"vgg(11|13|16)-([1-9]\d*)", arch)
+    if narrow:
+        return make_vgg(int(narrow[1]), int(narrow[2]))
+    if arch not in ARCHS:
+        raise UserError(
+            f"--arch {arch}: unknown; there are {', '.join(ARCHS)}, wrn28, wrnD-K and vggD-W"
+        )
+    return ARCHS[arch]
+
+
+def build(arch, norm="bn", num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3):
+    """A freshly initialised network (torch's global generator decides the weights).
+
+    arch: a name of ARCHS or wrnD-K; norm: a name of NORMS; mean, std: of the data in [0,1].
+    Raises UserError for an unknown name or an impossible pair.
+    """
+    make = constructor(arch)
+    if norm not in NORMS:
+        raise UserError(f"--norm {norm}: unknown; {arch} takes {', '.join(NORMS)}")
+    if num_classes < 1 or image_size < 8:
+        raise UserError(
+            f"{arch}: needs >= 1 class and images of >= 8 px, not {num_classes}, {image_size}"
+        )
+    make = make_norm_free(arch) if norm == "nf" else make
+    model = make(
+        Layers(norm, FIXUP if norm == "fixup" else None), num_classes, mean, std, image_size
+    )
+    if norm == "fixup":
+        model.fc = FixupLinear(model.fc.in_features, num_classes)
+        init_fixup(model)
+    elif isinstance(model, (VGG, DeepLinear)):
+        init_glorot(model)
+    elif norm != "nf":  # which initialises itself
+        init_without_norm(model) if norm in ("none", "noise") else init_he(model)
+    model.spec = {"arch": arch, "norm": norm, "num_classes": num_classes, "image_size": image_size}
+    return model
+
+
+def from_checkpoint(checkpoint):
+    """The network of a checkpoint dict (`run.load_checkpoint`), in eval mode."""
+    keys = ("arch", "norm", "num_classes", "image_size")
+    model = build(**{key: checkpoint[key] for key in keys})
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
