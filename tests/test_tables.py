@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from common import run
 from common.run import UserError
@@ -50,3 +51,62 @@ def test_not_a_result(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match="no result of eval"):
         tables.main(tables.parse_args([str(tmp_path / "a.json")]))
+
+
+def test_a_network_counts_once(tmp_path, capsys):
+    a = write(tmp_path / "a.json", [entry("bn", 0, 10.0) | {"checkpoint": "runs/a/last.pt"}])
+    b = write(tmp_path / "b.json", [entry("bn", 0, 10.0) | {"checkpoint": "copy.pt"}])
+    rows = tables.main(tables.parse_args([a, a, b]))
+    assert [(r["clean error"], r["n"]) for r in rows.values()] == [("10.00", 1)]
+    assert "each counts once" in capsys.readouterr().err
+    same = [entry("bn", 0, error) | {"weights": "d1"} for error in (10.0, 10.1)]
+    c = write(tmp_path / "c.json", same)
+    assert [r["n"] for r in tables.main(tables.parse_args([c])).values()] == [1]
+
+
+def test_folders_names_and_seeds(tmp_path, capsys):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    write(tmp_path / "runs" / "a" / "last.corruptions.json", [entry("bn", 0, 10.0)])
+    write(tmp_path / "runs" / "last.corruptions.json", [entry("bn", 1, 12.0)])
+    (tmp_path / "runs" / "args.json").write_text("{}")
+    line = [str(tmp_path / "runs"), "--names", "baseline", "--per-seed", "--csv"]
+    assert tables.main(tables.parse_args(line))["baseline"]["n"] == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("baseline,11.00 +- 1.41,22.00 +- 2.83,-")
+    assert lines[2].startswith("  seed 0,10.00,") and lines[3].startswith("  seed 1,12.00,")
+    with pytest.raises(UserError, match="2 names for 1 rows"):
+        tables.main(tables.parse_args([line[0], "--names", "a,b"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no results of eval"):
+        tables.main(tables.parse_args([str(tmp_path / "empty")]))
+
+
+def test_latex_and_scatter(tmp_path, capsys):
+    a = write(tmp_path / "a.json", [entry("bn", 0, 10.0), entry("none", 0, 30.0)])
+    svg = tmp_path / "a.svg"
+    columns = "clean error,mean corruption error"
+    line = [a, "--latex", "--names", "a & b,c_d", "--scatter", columns, str(svg)]
+    tables.main(tables.parse_args(line))
+    out = capsys.readouterr().out
+    assert r"a \& b & 10.00 & 20.00 &" in out and r"c\_d" in out and r"\bottomrule" in out
+    assert svg.read_text().count("<circle") == 2 and "clean error (%)" in svg.read_text()
+    with pytest.raises(UserError, match="two of these columns"):
+        tables.main(tables.parse_args([a, "--scatter", "clean,other", str(svg)]))
+
+
+@pytest.mark.parametrize(
+    "name", ["ct_cifar10_bn", "nofrost_cifar10", "fixup_penalty_cifar10", "ct_cifar100_train"]
+)
+def test_published_results_are_read(name):
+    rows = tables.main(
+        tables.parse_args([str(run.ROOT / "eval" / "results" / f"{name}.json"), "--markdown"])
+    )
+    assert all(row["n"] in (2, 3) for row in rows.values()) and rows
+
+
+def test_digest_is_of_the_weights():
+    first = torch.nn.Linear(2, 3)
+    second = torch.nn.Linear(2, 3)
+    assert run.weights_digest(first) != run.weights_digest(second)
+    second.load_state_dict(first.state_dict())
+    assert run.weights_digest(first) == run.weights_digest(second)

@@ -1,6 +1,6 @@
 """Everything around a method: errors, options, device, checkpoints, the run directory, the loop."""
 
-from common.run.chart import custom_scalars, line_chart
+from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
     Flag,
@@ -52,7 +52,16 @@ from common.run.old_guard import Guard
 from common.run.old_run import Run, on_signal
 from common.run.progress import Progress, clock
 from common.run.repeat import each_seed, repeat
-from common.run.results import Results, table
+from common.run.results import (
+    Results,
+    add_table_arguments,
+    form_of,
+    format_table,
+    mean_sd,
+    row_titles,
+    table,
+    weights_digest,
+)
 from common.run.rundir import RunDir, lock
 
 __all__ = [
@@ -73,6 +82,7 @@ __all__ = [
     "add_arguments",
     "add_evaluation_arguments",
     "add_recipe_arguments",
+    "add_table_arguments",
     "by_data",
     "changed",
     "check_finite",
@@ -85,6 +95,8 @@ __all__ = [
     "eval_mode",
     "evaluate",
     "fill",
+    "form_of",
+    "format_table",
     "fraction",
     "generator",
     "get_device",
@@ -95,6 +107,7 @@ __all__ = [
     "load_checkpoint",
     "lock",
     "mean",
+    "mean_sd",
     "metrics",
     "metrics_of",
     "nonnegative",
@@ -105,8 +118,10 @@ __all__ = [
     "predict",
     "rank",
     "repeat",
+    "row_titles",
     "rows",
     "save_checkpoint",
+    "scatter_chart",
     "seed_key",
     "share",
     "spread",
@@ -116,5 +131,6 @@ __all__ = [
     "versions",
     "wait",
     "warn_of_chance",
+    "weights_digest",
     "world",
 ]

@@ -48,6 +48,58 @@ def line_chart(path, title, curves, log=False):
     Path(path).write_text("\n".join([*parts, "</svg>\n"]))
 
 
+def scatter_chart(path, title, points, across, up):
+    """Write an SVG of points with error bars. It is legible on light and on dark pages.
+
+    points: {label: (x, x_sd, y, y_sd)}. across, up: titles of the axes, with their units.
+    """
+    left, top, width, height = 72, 34, 440, 300
+    xs = [x + s * sd for x, sd, _, _ in points.values() for s in (-1, 1)]
+    ys = [y + s * sd for _, _, y, sd in points.values() for s in (-1, 1)]
+    x_low, x_high = _widened(xs)
+    y_low, y_high = _widened(ys)
+
+    def at(x, y):
+        across_by = left + width * (x - x_low) / (x_high - x_low)
+        return across_by, top + height * (y_high - y) / (y_high - y_low)
+
+    parts = [f'<text x="{left}" y="20" font-weight="bold">{html.escape(title)}</text>']
+    for k in range(5):
+        x = x_low + (x_high - x_low) * k / 4
+        y = y_low + (y_high - y_low) * k / 4
+        px, py = at(x, y)
+        parts.append(f'<path d="M{left} {py:.1f}h{width}" stroke="#888" stroke-opacity="0.3"/>')
+        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        place = f'x="{px:.1f}" y="{top + height + 16}" text-anchor="middle"'
+        parts.append(f"<text {place}>{x:.3g}</text>")
+    for i, (label, (x, x_sd, y, y_sd)) in enumerate(points.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        px, py = at(x, y)
+        bar_x, bar_y = at(x + x_sd, y + y_sd)
+        bars = (
+            f"M{2 * px - bar_x:.1f} {py:.1f}H{bar_x:.1f}M{px:.1f} {2 * py - bar_y:.1f}V{bar_y:.1f}"
+        )
+        parts.append(f'<path d="{bars}" stroke="{colour}" stroke-width="1.4"/>')
+        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>')
+        place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}"'
+        parts.append(f'<text {place} style="fill:{colour}">{html.escape(label)}</text>')
+    place = f'x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle"'
+    parts.append(f"<text {place}>{html.escape(across)}</text>")
+    turned = f'transform="translate(16 {top + height / 2}) rotate(-90)" text-anchor="middle"'
+    parts.append(f"<text {turned}>{html.escape(up)}</text>")
+    size = f'width="{left + width + 240}" height="{top + height + 44}"'
+    style = "<style>text{fill:#222}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{style}'
+    Path(path).write_text("\n".join([head, *parts, "</svg>\n"]))
+
+
+def _widened(values):
+    """(low, high) of an axis: the range of the values and a tenth of it on both sides."""
+    low, high = min(values), max(values)
+    room = 0.1 * (high - low) or 0.5
+    return low - room, high + room
+
+
 def custom_scalars(writer, charts):
     """Lay out TensorBoard's CUSTOM SCALARS. charts: {title: list of tags, all in one chart}, or
     {title: (tags,)} for margins between the scalars "<tag>/low" and "<tag>/high"."""

@@ -1,12 +1,18 @@
 """Results of an evaluation: where they are written, and tables as text."""
 
 import contextlib
+import csv
+import hashlib
+import io
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 from common.run.checkpoint import versions
 from common.run.errors import UserError
@@ -151,3 +157,71 @@ def table(rows, header, floats=".2f"):
         rest = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def add_table_arguments(parser):
+    """Options that choose how a table is printed: --markdown, --csv and --latex."""
+    group = parser.add_mutually_exclusive_group()
+    for form in ("markdown", "csv", "latex"):
+        group.add_argument(f"--{form}", action="store_true", help=f"print the table as {form}")
+
+
+def form_of(args):
+    """The form that the options of `add_table_arguments` name, "text" by default."""
+    chosen = [form for form in ("markdown", "csv", "latex") if getattr(args, form)]
+    return chosen[0] if chosen else "text"
+
+
+def format_table(rows, header, form="text"):
+    """A table as "text", "markdown", "csv" or "latex" (a tabular of booktabs)."""
+    if form == "text":
+        return table(rows, header)
+    lines = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    lines.insert(0, list(header))
+    if form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(lines)
+        return out.getvalue().rstrip("\n")
+    if form == "markdown":
+        lines.insert(1, ["---"] * len(header))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [" & ".join(map(latex, line)) + r" \\" for line in lines]
+    first = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    return "\n".join(
+        [first, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+    )
+
+
+def latex(text):
+    """The text with LaTeX's special characters escaped."""
+    for sign in "&%_#$":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("+-", r"$\pm$")
+
+
+def mean_sd(values):
+    """ "mean +- sample standard deviation"; the mean alone for one value; "-" if one is None."""
+    if not values or None in values:
+        return "-"
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def row_titles(options):
+    """A title for each dict of options, from those options in which the dicts differ."""
+    every = sorted({name for o in options for name in o})
+    differ = [n for n in every if len({json.dumps(o.get(n)) for o in options}) > 1]
+    titles = []
+    for option in options:
+        words = [f"{n} {option[n]}" for n in differ if option.get(n) is not None]
+        titles.append(", ".join(words) or "all")
+    return titles
+
+
+def weights_digest(model):
+    """Hexadecimal digest of the weights and buffers, equal for the same network in two files."""
+    hashed = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()[:16]
