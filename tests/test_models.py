@@ -1,9 +1,12 @@
 """Published sizes, the contract of every network, and other projects' weights at their accuracy."""
 
+import argparse
+
 import pytest
 import torch
 
 from common import data, models, run
+from common.models import weights
 from common.run import UserError
 
 # Parameters with BatchNorm, 10 classes, 32 px: He et al. 2016 (0.27 M ... 1.7 M, to the unit as in
@@ -256,3 +259,59 @@ def test_stochastic_depth(arch, norm):
 def test_norm_free_pairs_that_do_not_exist(arch, norm, text):
     with pytest.raises(UserError, match=text):
         models.build(arch, norm)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model_state"])
+def test_foreign_weights_under_the_usual_keys(key):
+    """The weights are found under every usual key, beside other entries."""
+    theirs = models.build("resnet8")
+    content = {key: theirs.state_dict(), "epoch": 3} if key else theirs.state_dict()
+    ours = models.load_foreign(models.build("resnet8"), content)
+    assert torch.equal(ours.conv1.weight, theirs.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1], torch.zeros(3), 3, None, {}, {"state_dict": None}, {"model": [1]}, {3: torch.ones(1)}],
+)
+def test_foreign_file_without_weights(content):
+    """Any content that is no dict of tensors is refused in one line."""
+    with pytest.raises(run.UserError, match="holds no weights by name") as caught:
+        models.load_foreign(models.build("resnet8"), content)
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_entry_that_is_no_tensor():
+    state = models.build("resnet8").state_dict() | {"fc.bias": [0.0] * 10}
+    with pytest.raises(run.UserError, match=r"1 entries differ, as fc\.bias"):
+        models.load_foreign(models.build("resnet8"), state)
+
+
+def test_refused_object_is_named(tmp_path):
+    """A file with an argparse.Namespace beside the weights: its class is named, nothing runs."""
+    content = {"state_dict": {}, "args": argparse.Namespace(a=1)}
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(run.UserError, match=r"argparse\.Namespace, refused.*state_dict") as caught:
+        run.load_checkpoint(tmp_path / "w.pt", foreign=True)
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["125.3,123,113.9", "nan,0.5,0.5", "inf,0,0", "-0.1,0,0", "1,1"])
+def test_mean_of_another_unit(text):
+    for read in (weights.triple, weights.deviations):
+        with pytest.raises(argparse.ArgumentTypeError):
+            read(text)
+    assert weights.triple("0,0.5,1") == (0, 0.5, 1)
+
+
+def test_deviation_of_zero():
+    with pytest.raises(argparse.ArgumentTypeError, match="divides by zero"):
+        weights.deviations("0.2,0,0.2")
+    assert weights.deviations("0.2,0.3,1") == (0.2, 0.3, 1)
+
+
+def test_stem_of_foreign_weights():
+    """The stem in the file decides: 7x7 is the one for photographs, on any data set."""
+    for built, dataset in ((224, "pacs"), (32, "pacs"), (64, "tiny-imagenet"), (224, "imagenet")):
+        state = models.build("resnet18", "bn", 7, built).state_dict()
+        assert weights.image_size_of(state, dataset) == built

@@ -25,10 +25,48 @@ RENAMES = [  # names in other projects' checkpoints -> names here
 ]
 
 
+WRAPPINGS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
+
+
+def unwrap(content):
+    """The dict of tensors in the content of another project's file.
+
+    Raises UserError where there is none; it names what the file holds instead."""
+    if isinstance(content, dict):
+        wrapped = next((content[k] for k in WRAPPINGS if k in content), content)
+        tensors = isinstance(wrapped, dict) and any(
+            isinstance(v, torch.Tensor) for v in wrapped.values()
+        )
+        if tensors and all(isinstance(k, str) for k in wrapped):
+            return wrapped
+        keys = ", ".join(str(k)[:40] for k in list(content)[:6]) or "nothing"
+        holds = f"a dict of {keys}"
+    else:
+        holds = f"of type {type(content).__name__}"
+    raise UserError(
+        f"the file holds no weights by name but is {holds}; save model.state_dict() alone"
+    )
+
+
+def is_tensor_of(value, other):
+    """Whether `value` is a tensor of the shape of the tensor `other`."""
+    return isinstance(value, torch.Tensor) and value.shape == other.shape
+
+
+def image_size_of(state, dataset):
+    """The image size in pixels to build a network for that takes these weights of another project.
+
+    A first convolution of 7x7 belongs to the stem for photographs, whatever the data set."""
+    tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]
+    if any(v.ndim == 4 and v.shape[1:] == (3, 7, 7) for v in tensors):
+        return 224
+    return {"imagenet": 224, "tiny-imagenet": 64}.get(dataset, 32)
+
+
 def load_foreign(model, state):
     """Load a state_dict of another project (torchvision, akamaster's and kuangliu's CIFAR nets,
     the PyTorch Wide ResNet). Raises UserError naming what does not fit."""
-    state = next((state[k] for k in ("state_dict", "model", "net") if k in state), state)
+    state = unwrap(state)
     renamed = {}
     for key, value in state.items():
         for pattern, new in RENAMES:
@@ -38,7 +76,7 @@ def load_foreign(model, state):
     ours = r"normalize\..*|.*num_batches_tracked"  # absent elsewhere, or in old files
     renamed = {k: own[k] for k in own if re.fullmatch(ours, k)} | renamed
     wrong = sorted(own.keys() ^ renamed.keys())
-    wrong += [k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape]
+    wrong += [k for k in own.keys() & renamed.keys() if not is_tensor_of(renamed[k], own[k])]
     if wrong:
         arch = model.spec["arch"]
         raise UserError(f"the state_dict is no {arch}: {len(wrong)} entries differ, as {wrong[0]}")
@@ -57,14 +95,26 @@ def add_arguments(parser, nargs="+", datasets=None):
     group.add_argument("--model-norm", default="bn", choices=NORMS, help="its normalisation")
     group.add_argument("--dataset", choices=datasets, help="what it was trained on")
     group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")
-    group.add_argument("--std", type=triple, metavar="R,G,B")
+    group.add_argument("--std", type=deviations, metavar="R,G,B", help="above 0, at most 1")
 
 
 def triple(text):
-    """argparse type: three numbers."""
+    """argparse type: three numbers in [0,1]. Those of 0..255 would give chance without a word."""
     values = tuple(float(v) for v in text.split(","))
     if len(values) != 3:
         raise argparse.ArgumentTypeError(f"{text}: three numbers, as 0.49,0.48,0.45")
+    if not all(0 <= v <= 1 for v in values):  # false for NaN too
+        raise argparse.ArgumentTypeError(
+            f"{text}: three numbers in [0,1]; divide those of 0..255 by 255"
+        )
+    return values
+
+
+def deviations(text):
+    """argparse type: three numbers above 0 and at most 1."""
+    values = triple(text)
+    if min(values) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: a deviation of 0 divides by zero")
     return values
 
 
@@ -108,10 +158,10 @@ def for_evaluation(args, device):
             if not (args.dataset and args.mean and args.std):
                 raise UserError("--arch goes with --dataset, --mean and --std")
             state = run.load_checkpoint(path, foreign=True)
-            tensors = next((state[k] for k in ("state_dict", "model", "net") if k in state), state)
+            tensors = unwrap(state)
             heads = [v for v in tensors.values() if isinstance(v, torch.Tensor) and v.ndim == 2]
             classes = len(heads[-1]) if heads else 10
-            size = {"imagenet": 224, "tiny-imagenet": 64}.get(args.dataset, 32)
+            size = image_size_of(tensors, args.dataset)
             model = build(args.arch, args.model_norm, classes, size, args.mean, args.std)
             load_foreign(model, state)
             facts = model.spec | {"dataset": args.dataset, "method": "foreign"}

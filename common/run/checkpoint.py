@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -93,6 +94,12 @@ def load_checkpoint(path, device="cpu", foreign=False):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for broken files
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:  # an object of a class, which only executing the file could make
+            raise UserError(
+                f"{path}: holds an object of {found[1]}, refused; where the file is trusted, save "
+                "its state_dict alone"
+            ) from None
         reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
         raise UserError(
             f"{path}: truncated, or not a file of plain tensors; refused ({reason})"
