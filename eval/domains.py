@@ -43,7 +43,11 @@ def parse_args(argv=None):
     parser.add_argument("--strict", action="store_true", help="stop at a file that is no image")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--json", help="default: domains.json beside the first checkpoint")
+    parser.add_argument("--json", help="default: <name>.domains.json beside the first checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace results of other settings"
+    )
+    run.add_table_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -150,12 +154,6 @@ def settings(entry):
     return options | {k: entry[k] for k in keys}
 
 
-def spread(values):
-    """ "mean +- sd" over seeds; without sd for a single one."""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def tabulate(entries):
     """(header, rows): a row for each method, over its seeds."""
     columns = list(dict.fromkeys(c for e in entries for c in e["accuracy"]))
@@ -169,50 +167,55 @@ def tabulate(entries):
                 raise run.UserError(f"{entry['checkpoint']}: a second result for {column}")
             found[column] = value
     options = [json.loads(key) for key in groups]
-    every = sorted({name for o in options for name in o})
-    differ = [n for n in every if len({json.dumps(o.get(n)) for o in options}) > 1]
+    titles = run.row_titles(options)
     rows = []
-    for option, seeds in zip(options, groups.values(), strict=True):
-        words = [f"{n} {option[n]}" for n in differ if option.get(n) is not None]
+    for title, seeds in zip(titles, groups.values(), strict=True):
         cells = []
         for column in columns:
             values = [found[column] for found in seeds.values() if column in found]
-            cells.append(spread(values) if values else "-")
+            cells.append(run.mean_sd(values) if values else "-")
         if domains:  # over the domains first, for seeds that have all of them
             whole = [f for f in seeds.values() if len(f) == len(columns)]
             means = [statistics.mean(found.values()) for found in whole]
-            cells.append(spread(means) if means else "-")
-        rows.append([", ".join(words) or "all", *cells, len(seeds)])
+            cells.append(run.mean_sd(means) if means else "-")
+        rows.append([title, *cells, len(seeds)])
     return ["accuracy %", *columns, *(["average"] if domains else []), "seeds"], rows
 
 
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
-    paths, cache = find(args.checkpoints), {}
-    entries = [evaluate(path, cache, args, precision, device) for path in paths]
+    paths = find(args.checkpoints)
+    settings = {"evaluated": [str(path) for path in paths], "precision": precision.name}
+    first = str(paths[0]).replace("torchvision:", "")
+    place = run.Results(
+        "domains", first, settings, path=args.json, overwrite=args.overwrite, pictures=False
+    )
+    try:
+        cache = {}
+        entries = [evaluate(path, cache, args, precision, device) for path in paths]
+        return report(entries, precision, place, run.form_of(args))
+    finally:
+        place.close()
+
+
+def report(entries, precision, place, form):
+    """Print the table in the form that was chosen and write it; returns what is written."""
     sets = sorted({e["dataset"] for e in entries})
     if len(sets) > 1:
         raise run.UserError(f"the checkpoints are of different data sets: {', '.join(sets)}")
     header, rows = tabulate(entries)
-    print(run.table(rows, header))
+    print(run.format_table(rows, header, form))
     counts = {k: n for e in entries for k, n in e["images"].items()}
     print(f"\n{sets[0]}: {', '.join(f'{k} {n} images' for k, n in counts.items())}")
-    output = {
-        "command": "python " + " ".join(["eval/domains.py", *sys.argv[1:]]),
-        "versions": run.versions(), "dataset": sets[0], "precision": precision.name,
-        "table": [header, *rows], "checkpoints": entries,
-    }  # fmt: skip
-    path = Path(
-        args.json or Path(str(paths[0]).replace("torchvision:", "")).parent / "domains.json"
+    return place.write(
+        {
+            "dataset": sets[0],
+            "precision": precision.name,
+            "table": [header, *rows],
+            "checkpoints": entries,
+        }
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(output, indent=1) + "\n")
-    except OSError as error:
-        raise run.UserError(f"cannot write {path}: {error.strerror}; give --json") from None
-    print(f"written: {path}")
-    return output
 
 
 if __name__ == "__main__":

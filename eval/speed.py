@@ -13,7 +13,6 @@ in images per second: it should be above the training step's.
 import argparse
 import copy
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -373,11 +372,7 @@ def main(args):
         args.command: args.function(args, device),
     }  # fmt: skip
     if args.json:
-        try:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(output, indent=1) + "\n")
-        except OSError as error:
-            raise run.UserError(f"cannot write {args.json}: {error.strerror}") from None
+        run.write_json(Path(args.json), output)
     return output
 
 

@@ -36,7 +36,6 @@ coefficients of 1/s2 on the low-variance ones, which raises the error when those
     python eval/theory.py --sigma-low 0.03 --tau 0.05 --json theory.json
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -244,11 +243,7 @@ def main(args):
     result = {"options": options, "two_features": two, "many_features": many}
     if target:
         command = " ".join(["python eval/theory.py", *sys.argv[1:]])
-        try:
-            text = json.dumps({"command": command, **result, "versions": run.versions()}, indent=1)
-            target.write_text(text + "\n")
-        except OSError as error:
-            raise run.UserError(f"--json {target}: {error.strerror}") from None
+        run.write_json(target, {"command": command, **result, "versions": run.versions()})
     return result
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
 import domains
 
 FAST = "--arch resnet8 --batch-size 32 --corrupted-images 0 --precision fp32 --device cpu".split()
-FAST += "--epochs 3 --teacher-epochs 1 --eval-every 1 --lam 0".split()
+FAST += "--dataset shapes --epochs 3 --teacher-epochs 1 --eval-every 1 --lam 0".split()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -61,6 +61,7 @@ from common.run.results import (
     row_titles,
     table,
     weights_digest,
+    write_json,
 )
 from common.run.rundir import RunDir, lock
 
@@ -133,4 +134,5 @@ __all__ = [
     "warn_of_chance",
     "weights_digest",
     "world",
+    "write_json",
 ]

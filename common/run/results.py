@@ -24,19 +24,23 @@ class Results:
     kind: the evaluation's name, as in `last.adversarial.json`. first: its first checkpoint.
     settings: what the numbers depend on, as JSON has it. path, tensorboard: of --json and
     --tensorboard, or None for the place beside the checkpoint. If that cannot be written it is the
-    working directory, and a line says so. TensorBoard goes beside the JSON.
+    working directory, and a line says so. TensorBoard goes beside the JSON. pictures: whether the
+    evaluation writes to TensorBoard.
 
     Raises UserError where a file cannot be written, where another process writes the same results,
     and, without `overwrite`, where results of other settings would be replaced.
     """
 
-    def __init__(self, kind, first, settings, path=None, tensorboard=None, overwrite=False):
+    def __init__(
+        self, kind, first, settings, path=None, tensorboard=None, overwrite=False, *, pictures=True
+    ):
         self.kind = kind
         self.settings = json.loads(json.dumps(settings))
         self.path = self._place(Path(first), path)
         self._lock = self._locked()
         self.folder = Path(tensorboard).expanduser() if tensorboard else self.path.parent / kind
-        self.try_folder(self.folder, "--tensorboard")
+        if pictures:
+            self.try_folder(self.folder, "--tensorboard")
         if self.path.is_file() and not overwrite:
             self._compare()
 
@@ -113,13 +117,7 @@ class Results:
             **output,
         }
         output = finite(output)
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            part.write_text(json.dumps(output, indent=1) + "\n")
-            os.replace(part, self.path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f"cannot write {self.path}: {error.strerror}; give --json") from None
+        write_json(self.path, output)
         print(f"written: {self.path}")
         return output
 
@@ -130,6 +128,19 @@ class Results:
                 os.unlink(self._lock.name)
             self._lock.close()
             self._lock = None
+
+
+def write_json(path, output):
+    """Write a JSON file whose name appears when all is written. UserError where it cannot be."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(output, indent=1) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; give --json elsewhere") from None
 
 
 def finite(value):
