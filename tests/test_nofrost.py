@@ -13,10 +13,11 @@ from torchvision.transforms import functional as vision
 
 import nofrost
 from common import attacks, data, models, run
-from common.data import shapes
+from common.data import shapes, streams
 from common.run import UserError
 
-FAST = "--arch resnet8 --epochs 2 --batch-size 32 --attack-steps 2 --probe-images 20".split()
+FAST = "--norm nf --image-size 32 --eps 8 --lr 0.1 --arch resnet8 --epochs 2".split()
+FAST += "--batch-size 32 --attack-steps 2 --probe-images 20".split()
 FAST += "--robust-images 20 --precision fp32 --device cpu".split()
 
 
@@ -49,22 +50,53 @@ def test_full_run(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, final = finished
-    assert set(final) == {f"error/{k}" for k in ("clean", "pgd-20", "pgd-100", "apgd-ce-100")}
+    assert set(final) == {f"{k}/nf" for k in ("error", "pgd-20", "apgd-ce", "apgd-t")}
+    assert final["error/nf"] <= final["apgd-ce/nf"] <= final["apgd-t/nf"]
     assert all(0 <= v <= 100 for v in final.values())
     checkpoint = run.load_checkpoint(out / "last.pt")
     assert (checkpoint["norm"], checkpoint["step"], checkpoint["method"]) == ("nf", 6, "nofrost")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [x["epoch"] for x in lines if "epoch" in x] == [1, 2]
-    events = EventAccumulator(str(out), size_guidance={"images": 0}).Reload()
-    tags = {"loss/clean", "loss/adv", "loss/total", "train/zero_grad", "train/robust_accuracy"}
-    tags |= {"robust/pgd_probe", "eval/accuracy", "speed/images_per_s", "speed/attack_steps_per_s"}
+    events = EventAccumulator(str(out / "nf"), size_guidance={"images": 0}).Reload()
+    tags = {"loss", "accuracy", "error", "pgd_error", "lr", "grad_norm", "images_per_s"}
+    tags |= {"loss_clean", "loss_adv", "zero_grad", "robust_accuracy", "final/error"}
     assert tags <= set(events.Tags()["scalars"])
     (picture,) = events.Images("attack")
     assert picture.step == 6 and picture.width > 2 * picture.height
 
 
+def test_several_networks_in_one_run(tmp_path, capsys):
+    final = train(tmp_path / "r", "--norm", "nf", "--norms", "nf", "--epochs", "1", "--lam", "1")
+    assert set(final) == {f"{k}/nf" for k in ("error", "pgd-20", "apgd-ce", "apgd-t")}
+    args = ["--norms", "nf,dual-bn", "--epochs", "1", "--out", str(tmp_path / "s"), *FAST[2:]]
+    final = nofrost.main(nofrost.parse_args(args))
+    networks = ("nf", "dual-bn", "dual-bn, clean statistics")
+    assert {key.partition("/")[2] for key in final} == set(networks)
+    assert {path.name for path in (tmp_path / "s").glob("*.pt")} == {"nf.pt", "dual-bn.pt"}
+    out = capsys.readouterr().out
+    assert "warning: nf is at chance" in out and "Here: nf against dual-bn: " in out
+
+
+def test_default_norms():
+    parse = nofrost.parse_args
+    assert parse([]).norms == ["nf", "bn", "dual-bn"]
+    assert parse(["--lam", "0"]).norms == ["nf", "bn"]
+    assert parse(["--dataset", "cifar10"]).norms == ["nf"]
+    assert parse(["--norm", "bn"]).norms == ["bn"]
+
+
+def test_sentence_of_a_comparison():
+    columns = {"clean": {"a": 90.0, "b": 80.0}, "robust": {"a": 50.0, "b": 51.0}}
+    text = run.compare(columns, {"clean": 1000, "robust": 100})
+    assert text == (
+        "a against b: 10.0 points more clean accuracy and "
+        "no difference in robust accuracy shows (-1.0)."
+    )
+    assert run.compare(columns, {"clean": 1000, "robust": 0}).endswith("clean accuracy.")
+
+
 def test_resume_is_exact(finished, tmp_path, monkeypatch):
-    real = run.Run.save
+    real = run.RunDir.save
 
     def save(self, name, checkpoint):
         real(self, name, checkpoint)
@@ -72,7 +104,7 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "save", save)
+        patch.setattr(run.RunDir, "save", save)
         train(tmp_path / "r")
     nofrost.main(nofrost.parse_args(["--resume", str(tmp_path / "r")]))
     assert same(weights(tmp_path / "r" / "last.pt"), weights(finished[0] / "last.pt"))
@@ -88,8 +120,9 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_options_train(tmp_path, options):
     final = train(tmp_path / "r", "--epochs", "1", "--robust-images", "0", *options)
-    assert math.isfinite(final["error/clean"])
-    assert ("error/clean-clean" in final) == ("dual-bn" in options)
+    (name,) = nofrost.parse_args([*FAST, *options]).norms
+    assert math.isfinite(final[f"error/{name}"])
+    assert (f"error/{name}, clean statistics" in final) == ("dual-bn" in options)
     assert (tmp_path / "r" / "best.pt").exists() == ("--val-size" in options)
 
 
@@ -99,7 +132,7 @@ def test_lam_0_takes_no_attack_and_ignores_its_options(tmp_path, monkeypatch):
     monkeypatch.setattr(attacks, "pgd", lambda *a, **kw: calls.append(kw) or real(*a, **kw))
     train(tmp_path / "a", "--lam", "0", "--eps", "2")
     judged = [kw for kw in calls if "return_stats" not in kw]
-    assert len(calls) - len(judged) == 1  # the pictures at the end
+    assert len(calls) == len(judged)
     train(tmp_path / "b", "--lam", "0", "--eps", "9", "--streams", "clean")
     assert same(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
 
@@ -112,7 +145,7 @@ def test_streams_in_any_order():
 
 def test_without_attacks_the_clean_error_chooses(tmp_path):
     """Under PGD such a network has nothing to compare: 0 % or noise, epoch after epoch."""
-    train(tmp_path / "r", "--lam", "0", "--val-size", "30", "--epochs", "4", "--eval-every", "4",
+    train(tmp_path / "r", "--lam", "0", "--val-size", "30", "--epochs", "4",
           "--robust-images", "0")  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     errors = [x["eval"]["error"] for x in lines if "epoch" in x]
@@ -121,12 +154,13 @@ def test_without_attacks_the_clean_error_chooses(tmp_path):
     assert chosen["step"] == 2 * (1 + errors.index(min(errors)))
 
 
-def test_log_has_what_was_measured(finished):
+def test_log_has_what_was_measured(tmp_path):
     """The error of an epoch without an evaluation is not the one of an epoch before."""
-    text = (finished[0] / "log.jsonl").read_text().splitlines()
+    train(tmp_path / "r", "--eval-every", "2", "--robust-images", "0")
+    text = (tmp_path / "r" / "log.jsonl").read_text().splitlines()
     rows = [x["eval"] for x in map(json.loads, text) if "epoch" in x]
     assert ["error" in row for row in rows] == [False, True]
-    assert all("pgd_probe_error" in row for row in rows)
+    assert ["pgd_error" in row for row in rows] == [False, True]
 
 
 def test_warm_up_is_by_steps_under_both_schedules(tmp_path, monkeypatch):
@@ -151,9 +185,8 @@ def test_imagenet_with_batchnorm_is_the_authors():
     assert args.arch == "resnet50"
     assert nofrost.parse_args(["--dataset", "imagenet"]).arch == "nf_resnet50"
     for norm in ("bn", "dual-bn", "gn"):
-        args.norm = norm
         kwargs = {"num_classes": 3, "image_size": 64}
-        model = nofrost.build(args, SimpleNamespace(model_kwargs=kwargs), "cpu")
+        model = nofrost.build(norm, args, SimpleNamespace(model_kwargs=kwargs), "cpu")
         gains = [v for k, v in model.named_parameters() if "bn3" in k and k.endswith("weight")]
         assert len(gains) == (32 if norm == "dual-bn" else 16)
         assert all((v == (norm == "gn")).all() for v in gains)
@@ -210,7 +243,7 @@ def test_attack_raises_its_loss_within_the_ball(loss):
     logits = {k: run.predict(model, v) for k, v in images.items()}
     if loss == "trades":
         clean = F.log_softmax(logits["x"], 1)
-        adv, other = (nofrost.divergence(logits[k], clean) for k in ("adv", "noise"))
+        adv, other = (attacks.kl_loss(logits[k], clean) for k in ("adv", "noise"))
     else:
         adv, other = (F.cross_entropy(logits[k], y, reduction="none") for k in ("adv", "noise"))
     assert (adv > other).all()
@@ -224,11 +257,11 @@ def test_streams_share_or_divide_statistics():
     x = {"clean": torch.rand(8, 3, 32, 32), "adv": torch.rand(8, 3, 32, 32) / 2}
     precision = run.Precision("fp32", "cpu")
     model = models.build("resnet8", "bn").train()
-    nofrost.forward(model, x, options("--norm", "bn"), precision)
+    nofrost.forward(model, x, "bn", options(), precision)
     assert model.bn1.num_batches_tracked == 2
     both = models.build("resnet8", "dual-bn").train()
     both.load_state_dict({k: v for k, v in both.state_dict().items()})
-    nofrost.forward(both, x, options("--norm", "dual-bn"), precision)
+    nofrost.forward(both, x, "dual-bn", options(), precision)
     for part, image in ((both.bn1.clean, x["clean"]), (both.bn1.adversarial, x["adv"])):
         out = both.conv1(both.normalize(image))
         assert part.num_batches_tracked == 1
@@ -238,18 +271,21 @@ def test_streams_share_or_divide_statistics():
 def test_without_batch_norm_one_forward_is_two():
     model = models.build("resnet8", "nf").eval()
     x = {"clean": torch.rand(4, 3, 32, 32), "adv": torch.rand(5, 3, 32, 32)}
-    logits = nofrost.forward(model, x, options(), run.Precision("fp32", "cpu"))
+    logits = nofrost.forward(model, x, "nf", options(), run.Precision("fp32", "cpu"))
     assert torch.allclose(logits["clean"], model(x["clean"]), atol=1e-6)
     assert torch.allclose(logits["adv"], model(x["adv"]), atol=1e-6)
 
 
 def test_adaptive_clipping_by_hand():
     layer = torch.nn.Linear(3, 2)
+    net = torch.nn.ModuleDict({"body": layer, "fc": torch.nn.Linear(2, 2)})
+    net["fc"].weight.grad = torch.full((2, 2), 9.0)
     layer.weight.data = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
     layer.bias.data = torch.tensor([3.0, 4.0])
     layer.weight.grad = torch.tensor([[6.0, 8.0, 0.0], [0.0, 1.0, 0.0]])
     layer.bias.grad = torch.tensor([0.03, 0.04])
-    nofrost.clip_adaptively(layer.parameters(), 0.02)
+    run.clip_adaptively(net, 0.02)
+    assert (net["fc"].weight.grad == 9).all()
     # row 1: 10 > 0.02 * 5; row 2: 1 > 0.02 * 1e-3; bias: 0.05 < 0.02 * 5
     assert torch.allclose(layer.weight.grad, torch.tensor([[0.06, 0.08, 0], [0, 2e-5, 0]]))
     assert torch.equal(layer.bias.grad, torch.tensor([0.03, 0.04]))
@@ -263,14 +299,14 @@ def test_hue_is_torchvisions(turns):
     x = torch.cat([torch.rand(4, 3, 16, 16), torch.rand(1, 1, 16, 16).expand(1, 3, 16, 16)])
     x[0, :, 0, 0], x[0, :, 0, 1] = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.2])
     expected = vision.adjust_hue(x, turns)
-    assert torch.allclose(nofrost.turn_hue(x, torch.full((5, 1, 1), turns)), expected, atol=1e-5)
+    assert torch.allclose(streams.turn_hue(x, torch.full((5, 1, 1), turns)), expected, atol=1e-5)
 
 
 def test_debias_texture():
     x = torch.rand(400, 3, 8, 8)
-    assert torch.allclose(nofrost.grey(x), vision.rgb_to_grayscale(x), atol=1e-6)
-    out = nofrost.debias_texture(x, run.generator("t"))
-    assert torch.equal(out, nofrost.debias_texture(x, run.generator("t")))
+    assert torch.allclose(streams.grey(x), vision.rgb_to_grayscale(x), atol=1e-6)
+    out = data.debias_texture(x, run.generator("t"))
+    assert torch.equal(out, data.debias_texture(x, run.generator("t")))
     assert out.min() >= 0 and out.max() <= 1
     kept = (out == x).flatten(1).all(1).float().mean()
     greyed = ((out.amax(1) - out.amin(1)).flatten(1).amax(1) < 1e-6).float().mean()
@@ -290,22 +326,22 @@ def write_tree(folder, classes):
 
 def test_deepaug_stream(tmp_path):
     write_tree(tmp_path / "deep", shapes.CLASSES)
-    streams = ["--streams", "clean,deepaug,tda,adv", "--deepaug-dir", str(tmp_path / "deep")]
-    args, dataset = options(*streams), data.load("shapes")
-    images = nofrost.stream_images("deepaug", args, dataset, "cpu")
+    named = ["--streams", "clean,deepaug,tda,adv", "--deepaug-dir", str(tmp_path / "deep")]
+    args, dataset = options(*named), data.load("shapes")
+    images = streams.stream_images("deepaug", dataset, args.deepaug_dir)
     assert images.x.shape == (40, 3, 32, 32) and torch.equal(images.x[:, 0, 0, 0] // 20, images.y)
-    assert nofrost.stream_images("tda", args, dataset, "cpu") is dataset.train
-    final = train(tmp_path / "r", *streams, "--epochs", "1", "--robust-images", "0")
-    assert math.isfinite(final["error/clean"])
+    assert streams.stream_images("tda", dataset) is dataset.train
+    final = train(tmp_path / "r", *named, "--epochs", "1", "--robust-images", "0")
+    assert math.isfinite(final["error/nf"])
 
 
 @pytest.mark.parametrize("classes, word", [(["cat"], "cat"), ([], "no images")])
 def test_deepaug_that_does_not_fit(tmp_path, classes, word):
     (tmp_path / "deep").mkdir()
     write_tree(tmp_path / "deep", classes)
-    streams = ["--streams", "clean,deepaug,adv", "--deepaug-dir", str(tmp_path / "deep")]
+    named = ["--streams", "clean,deepaug,adv", "--deepaug-dir", str(tmp_path / "deep")]
     with pytest.raises(UserError, match=word):
-        train(tmp_path / "r", *streams)
+        train(tmp_path / "r", *named)
     assert not (tmp_path / "r").exists()
 
 
@@ -316,7 +352,7 @@ def test_recipe_of_the_authors(monkeypatch):
     monkeypatch.setattr(data, "NAMES", (*data.NAMES, "imagenet"))
     args = nofrost.parse_args(["--dataset", "imagenet"])
     expected = {
-        "arch": "nf_resnet50", "norm": "nf", "epochs": 90, "batch_size": 256, "lr": 0.1,
+        "arch": "nf_resnet50", "norms": ["nf"], "epochs": 90, "batch_size": 256, "lr": 0.1,
         "momentum": 0.9, "weight_decay": 5e-5, "schedule": "epoch", "warmup": 0, "clip": 0,
         "dropout": 0.25, "drop_path": 0.1, "label_smoothing": 0.1, "lam": 0.5, "eps": 8,
         "attack_steps": 10, "alpha": None,
@@ -326,10 +362,13 @@ def test_recipe_of_the_authors(monkeypatch):
 
 
 def test_collapse_warns(tmp_path, monkeypatch, capsys):
-    errors = iter([40.0, 75.0])
-    monkeypatch.setattr(nofrost, "robust_error", lambda *a, **kw: next(errors))
+    errors = iter([40.0, 75.0, 86.0, 94.0])
+    found = lambda *a, **kw: {"pgd-10": next(errors)}  # noqa: E731
+    monkeypatch.setattr(attacks, "robust_errors", found)
     train(tmp_path / "r", "--robust-images", "0")
-    assert "fell from 60.0 to 25.0 % at epoch 2" in capsys.readouterr().out
+    assert "fell from 60.0 to 25.0 %" in capsys.readouterr().out
+    train(tmp_path / "near-chance", "--robust-images", "0")
+    assert "fell" not in capsys.readouterr().out
 
 
 def test_divergence_stops_and_keeps_the_last_good(tmp_path, monkeypatch):

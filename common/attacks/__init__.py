@@ -23,11 +23,13 @@ from common.attacks.pgd import (
     cw_loss,
     default_alpha,
     dlr_loss,
+    kl_loss,
     pgd,
     pick,
     unit_noise,
     without,
 )
+from common.attacks.robust import picture, robust_errors, warn_of_fall
 from common.attacks.rows import distance, draw, per_image, start_noise
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "folded",
     "frozen",
     "judge",
+    "kl_loss",
     "lead_of_wrong",
     "logits_in_fp32",
     "logits_of",
@@ -58,10 +61,13 @@ __all__ = [
     "per_image",
     "pgd",
     "pick",
+    "picture",
     "prepared",
+    "robust_errors",
     "start_noise",
     "unit_noise",
     "unwrap",
     "victim",
+    "warn_of_fall",
     "without",
 ]

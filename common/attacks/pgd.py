@@ -48,6 +48,13 @@ def cw_loss(logits, y, target=None):
     return margin.clamp(max=CW_CONFIDENCE)
 
 
+def kl_loss(logits, clean, target=None):
+    """KL(clean || adversarial) per image (N,), of log-probabilities `clean` and logits (N,K).
+
+    TRADES (Zhang et al. 2019) climbs and trains on it."""
+    return F.kl_div(F.log_softmax(logits, 1), clean, reduction="none", log_target=True).sum(1)
+
+
 def dlr_loss(logits, y, target=None):
     """Difference of logits ratio, invariant to their scale (Croce & Hein 2020, eq. 6 and 7)."""
     top = logits.topk(3 if target is None else 4, dim=1).values

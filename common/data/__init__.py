@@ -34,6 +34,7 @@ from common.data.sets import (
     stratified_split,
     test_options,
 )
+from common.data.streams import STREAMS, Streams, check_streams, debias_texture
 
 __all__ = [
     "COUNTS",
@@ -44,15 +45,19 @@ __all__ = [
     "PHOTOGRAPHS",
     "SHAPES_SIZES",
     "STATS",
+    "STREAMS",
     "Batches",
     "DataSet",
     "Files",
     "Images",
+    "Streams",
     "add_arguments",
     "channel_stats",
+    "check_streams",
     "corrupted_dir",
     "corrupted_labels",
     "crop_flip",
+    "debias_texture",
     "domain_names",
     "folders",
     "for_evaluation",

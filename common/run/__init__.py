@@ -11,6 +11,7 @@ from common.run.cli import (
     by_data,
     changed,
     cli,
+    defaults_by_data,
     defaults_for,
     fill,
     fraction,
@@ -19,6 +20,7 @@ from common.run.cli import (
     parse,
     positive,
 )
+from common.run.clipping import clip_adaptively
 from common.run.device import (
     Precision,
     Sum,
@@ -50,13 +52,16 @@ from common.run.evaluate import (
 from common.run.loop import Loop
 from common.run.old_guard import Guard
 from common.run.old_run import Run, on_signal
+from common.run.pictures import captioned
 from common.run.progress import Progress, clock
 from common.run.repeat import each_seed, repeat
 from common.run.results import (
     Results,
     add_table_arguments,
+    compare,
     form_of,
     format_table,
+    gap,
     mean_sd,
     row_titles,
     table,
@@ -85,12 +90,16 @@ __all__ = [
     "add_recipe_arguments",
     "add_table_arguments",
     "by_data",
+    "captioned",
     "changed",
     "check_finite",
     "cli",
+    "clip_adaptively",
     "clock",
+    "compare",
     "counts",
     "custom_scalars",
+    "defaults_by_data",
     "defaults_for",
     "each_seed",
     "eval_mode",
@@ -99,6 +108,7 @@ __all__ = [
     "form_of",
     "format_table",
     "fraction",
+    "gap",
     "generator",
     "get_device",
     "git_hash",

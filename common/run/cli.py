@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import signal
+import statistics
 import sys
 from pathlib import Path
 
@@ -157,16 +158,37 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
+def shown(value):
+    """A value as the command line has it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def by_data(table, key):
     """ "default by data set: shapes 10, cifar10 100, ..." of a script's table of defaults."""
-    cells = [f"{name} {row[key]}" for name, row in table.items() if key in row]
-    return f"default by data set: {', '.join(cells)}"
+    values = {name: shown(row[key]) for name, row in table.items() if key in row}
+    usual = statistics.mode(values.values())
+    cells = [f"{name} {value}" for name, value in values.items() if value != usual]
+    return f"default by data set: {', '.join([*cells, f'else {usual}'])}"
 
 
 def defaults_for(table, dataset):
     """The row of a data set in a script's table of defaults; "folders" is for every other one."""
     name = dataset.removesuffix("-shortcut").removesuffix(".1")
     return table.get(dataset, table.get(name, table["folders"]))
+
+
+def defaults_by_data(parser, table):
+    """Show the defaults of a script's table in the help; where nothing is given, `fill` sets them.
+
+    An option of the table has no default of its own, for none is the same for every data set.
+    """
+    for action in parser._actions:
+        values = {name: row[action.dest] for name, row in table.items() if action.dest in row}
+        if not values:
+            continue
+        action.default = None
+        if "default" not in action.help:
+            action.help += f"; {by_data(table, action.dest)}"
 
 
 def fill(args, row):

@@ -236,3 +236,30 @@ def weights_digest(model):
         hashed.update(name.encode())
         hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()[:16]
+
+
+def gap(a, b, count, kind):
+    """Words for accuracy a less accuracy b (%), of `count` images each: a difference within two
+    standard errors shows none."""
+    noise = 2 * math.sqrt((a * (100 - a) + b * (100 - b)) / max(count, 1))
+    if abs(a - b) <= noise:
+        return f"no difference in {kind} accuracy shows ({a - b:+.1f})"
+    return f"{abs(a - b):.1f} points {'more' if a > b else 'less'} {kind} accuracy"
+
+
+def compare(columns, counts):
+    """One sentence: the first network of a table against each of the others.
+
+    columns: {"clean": {network: accuracy in %}, ...}; counts: {"clean": images, ...}.
+    """
+    kinds = [kind for kind in columns if counts[kind]]
+    first, *others = columns[kinds[0]]
+    if not others:
+        return (
+            f"{first} keeps " + " and ".join(f"{columns[k][first]:.1f} % {k}" for k in kinds) + "."
+        )
+    parts = []
+    for name in others:
+        words = [gap(columns[k][first], columns[k][name], counts[k], k) for k in kinds]
+        parts.append(f"{first} against {name}: {' and '.join(words)}")
+    return "; ".join(parts) + "."

@@ -177,6 +177,10 @@ class RunDir:
             if value is not None:
                 self.writer(stage).add_scalar(tag, float(value), step)
 
+    def step(self, stage):
+        """The last step of a network that was written."""
+        return self._steps.get(stage, 0)
+
     def log(self, **fields):
         """Append one JSON line to log.jsonl, flushed."""
         if rank():
@@ -217,7 +221,7 @@ class RunDir:
         for key, value in final.items():
             name, _, stage = key.partition("/")
             if stage in self._writers or (self.dir / stage).is_dir():
-                self.writer(stage).add_scalar(f"final/{name}", value, self._steps.get(stage, 0))
+                self.writer(stage).add_scalar(f"final/{name}", value, self.step(stage))
         seconds = round(time.perf_counter() - self._began, 1)
         self.log(event="end", seconds=seconds, **final)
         self._end()
