@@ -35,12 +35,11 @@ The paper leaves open or contradicts itself on, and here:
 """
 
 import argparse
-import itertools
 import json
 import math
 import statistics
 import sys
-import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +50,7 @@ from common import data, models, run
 # --- options ------------------------------------------------------------------------------------
 
 DEFAULTS = {  # per data set: arch, steps, lrs
-    "shapes": ("vgg11-16", 400, [0.1]),
+    "shapes": ("vgg11-16", 600, [0.3]),
     "cifar10": ("vgg16", 15_000, [0.1]),
     "cifar100": ("vgg16", 15_000, [0.1]),
     "gaussian": ("dln25", 10_000, [1e-6]),
@@ -78,14 +77,20 @@ def parse_args(argv=None):
         help=f"of {', '.join(NORMS)}",
     )
     group.add_argument(
-        "--lrs", type=run.listed(run.positive(float)), help="fixed; default: 0.1, for dln25 1e-6"
+        "--lrs",
+        type=run.listed(run.positive(float)),
+        help="fixed (default: shapes 0.3, dln25 1e-6, else 0.1)",
     )
-    group.add_argument("--steps", type=run.positive(int), help="default: 400 for shapes, 15000")
+    group.add_argument(
+        "--steps",
+        type=run.positive(int),
+        help="length of a training (default: shapes 600, dln25 10000, else 15000)",
+    )
     group.add_argument("--batch-size", type=run.positive(int), default=128)
     group.add_argument("--momentum", type=run.nonnegative(float), default=0.0)
     group.add_argument("--weight-decay", type=run.nonnegative(float), default=5e-4)
     group = parser.add_argument_group("method")
-    group.add_argument("--measure-every", type=run.nonnegative(int), default=100, help="0: never")
+    group.add_argument("--measure-every", type=run.nonnegative(int), default=50, help="0: never")
     group.add_argument(
         "--step-sizes", type=run.listed(run.positive(float)), metavar="F,F,...",
         help="eta / lr, increasing; default: 0.5,1,2,4, for dln25 0.01,0.1,1,10,30",
@@ -290,7 +295,10 @@ class Gaussian:
 
     per_epoch = 1000  # steps between checkpoints; there are no epochs
 
+    batch_size = 1000
+
     def __init__(self, seed, device, width=10, samples=1000):
+        self.seed = seed
         rng = run.generator(seed, "gaussian")
         a = torch.randn(width, width, generator=rng, dtype=torch.float64)
         x = torch.randn(samples, width, generator=rng, dtype=torch.float64)
@@ -361,14 +369,13 @@ def charts(row):
     return {k: v for k, v in result.items() if None not in v}
 
 
-def tensorboard_charts(history):
-    """The charts of `run.custom_scalars`: every measurement with all runs in it."""
+def tensorboard_charts(rows):
+    """The charts of `run.custom_scalars`: margins for the measurements that have a band."""
     banded = {}
-    for row in itertools.chain(*history.values()):
+    for row in rows:
         for chart, (_, low, high) in charts(row).items():
             banded[chart] = banded.get(chart, False) or low < high
-    tags = {chart: [f"{chart}/{name}" for name in history] for chart in banded}
-    return {chart: (tags[chart],) if banded[chart] else tags[chart] for chart in banded}
+    return {chart: ([chart],) for chart, has_band in banded.items() if has_band}
 
 
 def draw(folder, history, factors):
@@ -394,80 +401,70 @@ def draw(folder, history, factors):
 # --- training -----------------------------------------------------------------------------------
 
 
-def train(name, model, lr, args, batches, held_out, targets, record, precision, history):
-    """Train `model` in place at a fixed rate, measuring; returns its final metrics.
+class Task(NamedTuple):
+    """What the networks are trained, measured and held out on."""
 
-    history: the run's rows of log.jsonl, appended to; "step" counts the updates made. A run whose
-    checkpoint is in the run directory goes on from there.
+    batches: object  # data.Batches or Gaussian: this process's rows
+    whole: object  # the same with the rows of all processes, for the measurements
+    held_out: data.Images  # None for the linear network
+    targets: dict  # what is probed, see find_targets
+
+
+def train(stage, model, lr, args, task, rundir, precision, history):
+    """Train `model` in place at a fixed rate, measuring. Returns its final metrics.
+
+    stage: name of the norm and the rate. history: the run's rows of log.jsonl, appended to; "step"
+    counts the updates made.
     """
-    file = f"{name}.pt"
-    device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum)
-    guard = run.Guard(record, file, model, optimizer, precision, batches.per_epoch, args.steps)
-    start, metrics = guard.start, guard.state.get("metrics", {})
-    history[:] = [r for r in history if r["step"] < start + ("beta" not in r)]
-    sums, count, clock = torch.zeros(2, device=device), 0, time.perf_counter()
-    for step in range(start, args.steps):
-        model.train()
-        torch.manual_seed(run.seed_key(args.seed, "step", step))  # dropout, noise: functions of it
-        x, y = run.share(*batches(step))
-        with precision.autocast():
-            out = guard.net(x)
-        loss = objective(out, y, list(model.parameters()), args.weight_decay)
-        optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimizer)
-        measured = args.measure_every and step % args.measure_every == 0
-        old = measured and {k: p.detach().clone() for k, p in model.named_parameters()}
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        correct = (out.detach().argmax(1) == y).float().mean() if held_out else loss.detach() * 0
-        fine = guard.fine(step, lr, loss, norm)
-        if fine:
-            precision.scaler.step(optimizer)
-            sums += torch.stack([loss.detach(), correct]).float()
-            count += 1
-        precision.scaler.update()
+    loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, steps=args.steps)
+    history[:] = [r for r in history if r["step"] < loop.start + ("beta" not in r)]
+    # The gradient of the trajectory, where a probe has the same: in fp32, one process's noise.
+    same = precision.name == "fp32" and run.world() == 1
+    for step in loop:
+        x, y = task.batches(step)
 
-        done, rows = step + 1, []
-        shown, last = done % args.log_every == 0, done == args.steps
-        if measured or shown or last:
-            guard.check()  # sync point
-        if measured and fine:
-            # of the trajectory where a probe has the same: in fp32, the noise of one process
-            same = precision.name == "fp32" and run.world() == 1
+        with precision.autocast():
+            out = loop.net(x)
+        loss = objective(out, y, list(model.parameters()), args.weight_decay)
+
+        loop.backward(loss)
+        measured = args.measure_every and step % args.measure_every == 0
+        if measured:
+            old = {k: p.detach().clone() for k, p in model.named_parameters()}
             grads = [p.grad for p in model.parameters()] if same else None
-            row, values = measure(model, old, grads, batches, step, lr, targets, args)
-            rows.append({"step": step, **row})
+        loop.step(lr)
+        shown = {"accuracy": run.accuracy(out, y)} if task.held_out else {}
+        loop.log(loss=loss, **shown)
+        if measured:
+            loop.check()  # sync point
+            row, values = measure(model, old, grads, task.whole, step, lr, task.targets, args)
+            record(rundir, stage, history, {"step": step, **row})
             for slot, activation in values.items():
-                tag = f"slot_{targets['slots'][slot]}/{name}"
-                record.writer.add_histogram(tag, activation.float(), step)
-        if shown or last:
-            loss, correct = run.mean(sums / max(count, 1)).tolist()
-            rows.append({"step": done, "loss": loss})
-            rate = count / (time.perf_counter() - clock)
-            text = f"{name}  loss {loss:.4g}  {rate:.1f} steps/s"
-            if held_out:
-                rows[-1]["accuracy"] = 100 * correct
-                text += f"  train {100 * correct:.1f} %"
-            record.scalars(done, {f"steps_per_s/{name}": rate})
-            sums, count, clock = torch.zeros_like(sums), 0, time.perf_counter()
-            evaluated = last or done % args.eval_every == 0
-            if evaluated and held_out:
-                metrics = run.evaluate(model, *held_out, precision)
-                rows[-1]["test"] = 100 - metrics["error"]
-                text += f"  test {rows[-1]['test']:.2f} %"
-            metrics |= {k: v for k, v in rows[-1].items() if k != "step"}
-            record.progress(done, args.steps, text, done=evaluated)
-        for row in map(finite, rows):
-            history.append(row)
-            record.record(run=name, **row)
-            for chart, (value, low, high) in charts(row).items():
-                tag = f"{chart}/{name}"
-                ends = {f"{tag}/low": low, f"{tag}/high": high} if low < high else {}
-                record.scalars(row["step"], {tag: value} | ends)
-        guard.save(done, run=name, metrics=metrics, dataset=args.dataset)
-    model.eval()
-    return metrics
+                tag = f"slot_{task.targets['slots'][slot]}"
+                rundir.writer(stage).add_histogram(tag, activation.float(), step)
+        if loop.logs:
+            means = {k: loop.means[k] for k in ("loss", *shown)}
+            record(rundir, stage, history, {"step": loop.done, **means})
+
+        if loop.evaluates:
+            found = {}
+            if task.held_out:
+                found = run.evaluate(model, task.held_out, precision)
+                record(rundir, stage, history, {"step": loop.done, "test": 100 - found["error"]})
+            loop.report(**{k: v for k, v in found.items() if k == "error"})
+    return loop.metrics
+
+
+def record(rundir, stage, history, row):
+    """Append a row of measurements to the history, log.jsonl and TensorBoard's curves."""
+    row = finite(row)
+    history.append(row)
+    rundir.log(run=stage, **row)
+    for chart, (value, low, high) in charts(row).items():
+        if chart not in ("loss", "accuracy"):
+            ends = {f"{chart}/low": low, f"{chart}/high": high} if low < high else {}
+            rundir.scalars(stage, row["step"], {chart: value} | ends)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -519,45 +516,48 @@ def main(args):
     if linear:
         if run.world() > 1:
             raise run.UserError("--arch dln25: one batch of 1000 small vectors, for one process")
-        dataset, held_out, batches = None, None, Gaussian(args.seed, device)
+        dataset = held_out = None
+        batches = whole = Gaussian(args.seed, device)
     else:
         dataset = data.from_args(args, device)
         held_out = dataset.val or dataset.test
-        settings = args.augment, dataset.flip
-        batches = data.Batches(dataset.train, args.batch_size, args.seed, *settings)
+        settings = (dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
+        batches = data.Batches(*settings)
+        whole = data.Batches(*settings, whole=True)
     todo = {f"{norm}-lr{lr:g}": (norm, lr) for lr in args.lrs for norm in args.norms}
     for norm in args.norms:
         build(norm, args, dataset, "cpu")
-    targets = find_targets(args, dataset)
-    metric = "loss" if linear else "error"
-    record = run.Run(args, __file__, [f"{metric}/{name}" for name in todo])
-    history = read_history(record.dir, todo)
+    task = Task(batches, whole, held_out, find_targets(args, dataset))
+    rundir = run.RunDir(args, __file__, precision, None, ["loss" if linear else "error"])
+    history = read_history(rundir.dir, todo)
 
     ends = {}
     for name, (norm, lr) in todo.items():
         model = build(norm, args, dataset, device)
-        common = (args, batches, held_out, targets, record, precision, history[name])
         try:
-            ends[name] = train(name, model, lr, *common)
+            ends[name] = train(name, model, lr, args, task, rundir, precision, history[name])
         except run.Diverged as error:  # a result, not an error
             ends[name] = {"diverged": error.step}
-            record.record(run=name, event="diverged", step=error.step)
+            rundir.log(run=name, event="diverged", step=error.step)
             print(f"{name}: diverged at step {error.step}")
     summaries = {name: summarise(rows) | ends.get(name, {}) for name, rows in history.items()}
     final = {f"{k}/{name}": v for name, summary in summaries.items() for k, v in summary.items()}
     final |= {f"error/{name}": v["error"] for name, v in ends.items() if "error" in v}
-    run.custom_scalars(record.writer, tensorboard_charts(history))
-    record.close(final)
+    for name, rows in history.items():
+        if name in todo:
+            run.custom_scalars(rundir.writer(name), tensorboard_charts(rows))
+    rundir.close(final)
     if run.rank() == 0:
-        draw(record.dir / "figures", history, args.step_sizes)
+        draw(rundir.dir / "figures", history, args.step_sizes)
         result = {"command": " ".join(sys.argv), "options": vars(args), "runs": summaries}
         text = json.dumps(result | {"versions": run.versions()}, indent=1)
-        (record.dir / "summary.json").write_text(text + "\n")
+        (rundir.dir / "summary.json").write_text(text + "\n")
 
-    first, slot = (next(iter(targets[k].values())) for k in ("layers", "slots"))
+    first, slot = (next(iter(task.targets[k].values())) for k in ("layers", "slots"))
     columns = {
         "loss": "loss", "train %": "accuracy", "test %": "test", "diverged": "diverged",
-        "loss band": "landscape_width", "gradient": "predictiveness_high", "beta": "beta",
+        "loss band, lower is smoother": "landscape_width",
+        "gradient change, lower is smoother": "predictiveness_high", "beta": "beta",
         f"shift l2 {first}": f"shift_l2_{first}", "cos": f"shift_cos_{first}",
         "mean moves": f"mean_step_{slot}",
     }  # fmt: skip
@@ -567,8 +567,25 @@ def main(args):
     print(
         f"{args.dataset}, {args.arch}, seed {args.seed}; loss and accuracies at the end, else the"
     )
-    print(f"median over the measured steps; figures in {record.dir}/figures")
+    print(f"median over the measured steps; figures in {rundir.dir}/figures")
+    if not linear:
+        learnt = {k: v["test"] for k, v in summaries.items() if "test" in v}
+        run.warn_of_chance(learnt, len(dataset.classes))
+    print("\nPaper: with BatchNorm the loss and its gradient change less along a step.")
+    print(f"Here: {verdict(summaries)}")
     return final
+
+
+def verdict(summaries):
+    """One sentence made of the table's numbers: loss band and gradient change of each run."""
+    words = []
+    for name, summary in summaries.items():
+        if "landscape_width" in summary:
+            band, change = summary["landscape_width"], summary["predictiveness_high"]
+            words.append((band, f"{name} loss band {band:.3g}, gradient change {change:.3g}"))
+    if not words:
+        return "nothing was measured."
+    return "; ".join(text for _, text in sorted(words)) + " (the smoothest loss first)."
 
 
 if __name__ == "__main__":
