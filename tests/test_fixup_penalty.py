@@ -15,7 +15,7 @@ from common import data, models, run
 from common.run import UserError
 
 FAST = "--epochs 2 --batch-size 32 --arch wrn10-1 --corrupted-images 0 --device cpu --limit 0"
-FAST += " --augment --penalty-reduction mean --eval-every 1"
+FAST += " --image-size 32 --augment --penalty-reduction mean --eval-every 1"
 
 
 @pytest.fixture(autouse=True)

@@ -356,11 +356,10 @@ def test_an_epoch_visits_every_file_once(tree):
 
 
 def test_share_reads_this_processes_rows(tree, monkeypatch):
-    whole = data.Batches(load(tree).train, 6, seed=0)(2)
+    whole = data.Batches(load(tree).train, 6, seed=0, whole=True)(2)
     monkeypatch.setattr(run, "rows", lambda count: slice(count // 2, count))
-    x, y = data.Batches(load(tree).train, 6, seed=0, share=True)(2)
-    assert torch.equal(x[3:], whole[0][3:]) and torch.equal(y[3:], whole[1][3:])
-    assert not x[:3].any() and len(x) == 6
+    x, y = data.Batches(load(tree).train, 6, seed=0)(2)
+    assert torch.equal(x, whole[0][3:]) and torch.equal(y, whole[1][3:])
 
 
 def test_predictions_equal_those_on_tensors(tree):
@@ -401,24 +400,6 @@ def test_unreadable_files_count_where_they_are(tree, capfd):
     assert loaded.test.x.unreadable.tolist() == [2]
     rest = np.delete(np.arange(len(loaded.test.y)), 2)
     assert not len(loaded.test.x.subset(torch.from_numpy(rest)).unreadable)
-
-
-def test_growth_of_the_final_layer_on_files(tree, tmp_path, monkeypatch):
-    import fixup_penalty
-
-    options = f"--dataset folder --data-dir {tree} --image-size 16 --workers 0 --device cpu"
-    options += f" --arch wrn10-1 --growth 10,16 --batch-size 5 --variants none --out {tmp_path}/r"
-    found = fixup_penalty.main(fixup_penalty.parse_args(options.split()))
-    assert len(found) == 4 and all(v > 0 for v in found.values())
-    images = load(tree).train
-    assert images.y.diff().min() == 0  # in the order of its classes
-    seen = []
-    monkeypatch.setattr(
-        images.x, "read", lambda rows: seen.extend(images.y[rows].tolist()) or 1 / 0
-    )
-    with pytest.raises(ZeroDivisionError):
-        fixup_penalty.first_images(images, 8)
-    assert set(seen) == {0, 1}
 
 
 def test_workers_leave_signals_to_the_trainer(tree):
