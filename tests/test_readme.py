@@ -1,0 +1,105 @@
+"""The READMEs: every command parses, tables cite their files, and numbers are those of the JSON."""
+
+import importlib.util
+import json
+import re
+import shlex
+
+import pytest
+
+from common import run
+
+READMES = ("README.md", "common/README.md", "eval/README.md", "eval/results/README.md")
+RESULTS = run.ROOT / "eval" / "results"
+MEASURED = re.compile(r"\d\.\d|\+-")
+
+
+def text(name):
+    return (run.ROOT / name).read_text()
+
+
+def commands():
+    """[(README, script, its arguments)] of the indented lines that start a script."""
+    found = []
+    for name in READMES:
+        for line in text(name).replace("\\\n", " ").splitlines():
+            words = shlex.split(line) if line.startswith("    ") else []
+            script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+            if words and words[0] in ("python", "torchrun") and script is not None:
+                found.append((name, words[script], words[script + 1 :]))
+    return found
+
+
+def load(script):
+    spec = importlib.util.spec_from_file_location("documented", run.ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_commands_are_found():
+    scripts = {script for _, script, _ in commands()}
+    assert {"ct.py", "nofrost.py", "fixup_penalty.py", "bn_ablation.py"} <= scripts
+    assert {"eval/corruptions.py", "eval/adversarial.py", "eval/tables.py"} <= scripts
+
+
+@pytest.mark.parametrize(("readme", "script", "arguments"), commands())
+def test_commands_parse(readme, script, arguments, tmp_path, monkeypatch):
+    module = load(script)
+    monkeypatch.chdir(tmp_path)
+    assert vars(module.parse_args(arguments))
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_that_are_named_exist(name):
+    for found in re.findall(r"`(?:eval/results/)?(\w[\w-]*\.json)`", text(name)):
+        assert (RESULTS / found).is_file() or found in ("args.json",), found
+    for link in re.findall(r"\]\(([^)#]+)\)", text(name)):
+        if "://" not in link:
+            assert (run.ROOT / name).parent.joinpath(link).is_file(), link
+
+
+def uncited(section):
+    """Whether a section has a table with measured numbers and names no JSON file before it."""
+    cited = False
+    for line in section.splitlines():
+        cited = cited or ".json`" in line
+        if line.startswith("|") and MEASURED.search(line) and not cited:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["README.md", "eval/results/README.md"])
+def test_tables_cite_their_file(name):
+    sections = re.split(r"^## ", text(name), flags=re.M)[1:]
+    assert [s.splitlines()[0] for s in sections if uncited(s)] == []
+    assert uncited("table\n| a | 1.5 |") and not uncited("`a.json`\n| a | 1.5 |")
+
+
+def test_numbers_of_ct_are_those_of_the_files():
+    tables = load("eval/tables.py")
+    files = [str(RESULTS / f"ct_cifar10_{name}.json") for name in ("none", "bn", "ct")]
+    for row in tables.main(tables.parse_args(files)).values():
+        for name in ("README.md", "eval/results/README.md"):
+            assert row["mean corruption error"] in text(name)
+
+
+def test_numbers_of_the_ablation_are_those_of_the_file():
+    runs = json.loads((RESULTS / "bn_ablation_vgg16-16_cifar10.json").read_text())["runs"]
+    for label, norm in (("without", "none"), ("with", "bn")):
+        values = runs[f"{norm}-lr0.1"]
+        accuracy, width = values["accuracy"]["5000"], values["median"]["landscape_width"]
+        assert f"| {label} BatchNorm | {accuracy:.0f} | {width:.2f} |" in text("README.md")
+
+
+def test_the_first_page_is_short():
+    assert len(text("README.md").encode()) <= 9 * 1024
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_sentences_are_short(name):
+    lines = [line for line in text(name).splitlines() if not line.startswith(("|", "    ", "#"))]
+    prose = re.sub(r"```.*?```", "", "\n".join(lines), flags=re.S)
+    for paragraph in prose.split("\n\n"):
+        for sentence in re.split(r"(?<=[.:;!?)])\s+", " ".join(paragraph.split())):
+            assert len(sentence.split()) <= 28, sentence
