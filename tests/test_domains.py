@@ -204,7 +204,7 @@ def test_pretrained_backbone_equals_torchvisions(tmp_path, norm):
     theirs = imagenet_weights(tmp_path / "w.pth")
     model = models.build("resnet18", norm, 5, 96, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     head = model.fc.weight.clone()
-    ct.load_pretrained(model, tmp_path / "w.pth")
+    models.load_pretrained(model, tmp_path / "w.pth")
     theirs.fc = torch.nn.Identity()
     x = torch.rand(2, 3, 96, 96)
     model.eval()
@@ -215,9 +215,9 @@ def test_pretrained_backbone_equals_torchvisions(tmp_path, norm):
 def test_pretrained_refusals(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"no .*resnet18.*\.pth; put https://.* there"):
-        ct.load_pretrained(models.build("resnet18", "bn", 5, 96), "torchvision")
+        models.load_pretrained(models.build("resnet18", "bn", 5, 96), "torchvision")
     with pytest.raises(UserError, match="norm bn or none, not resnet8, bn"):
-        ct.load_pretrained(models.build("resnet8", "bn", 5, 96), "torchvision")
+        models.load_pretrained(models.build("resnet8", "bn", 5, 96), "torchvision")
     imagenet_weights(tmp_path / "w.pth")
     with pytest.raises(UserError, match="resnet18 for this image size differs"):
-        ct.load_pretrained(models.build("resnet18", "bn", 5, 32), tmp_path / "w.pth")
+        models.load_pretrained(models.build("resnet18", "bn", 5, 32), tmp_path / "w.pth")
