@@ -91,6 +91,8 @@ def names(text):
     for name in chosen:
         if name not in EVERY:
             raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(EVERY)}")
+        if chosen.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} is named twice: name each corruption once")
     return chosen
 
 
@@ -120,6 +122,22 @@ def picture(x, columns):
     n, c, h, w = x.shape
     x = x.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4)
     return x.reshape(c, n // columns * h, columns * w)
+
+
+def available(chosen, missing, place):
+    """The corruptions of `chosen` to evaluate, given those that `place` does not hold.
+
+    The extra four are left out with a note where none was asked for by name. Raises UserError
+    for any other one that is missing, so that it is known before the first evaluation.
+    """
+    needed = [c for c in missing if chosen != EVERY or c not in corruptions.EXTRA]
+    if needed:
+        raise run.UserError(
+            f"{place}: no {', '.join(needed)}; complete it, choose --corruptions, or use --generate"
+        )
+    if missing:
+        print(f"{place}: no {', '.join(missing)}; left out, no mean over the 15 needs them")
+    return [c for c in chosen if c not in missing]
 
 
 # --- ImageNet -----------------------------------------------------------------------------------
@@ -197,6 +215,15 @@ def imagenet(args, networks, device, precision):
     def own(name):
         return few(trees.read_imagenet_test(name, data_dir, classes, sizes[0], options))
 
+    if root:
+        groups = ("", "extra")
+        missing = [c for c in corruptions.EXTRA if c in args.corruptions]
+        missing = [c for c in missing if not any((root / g / c).is_dir() for g in groups)]
+        args.corruptions = available(args.corruptions, missing, root)
+        for name in args.corruptions:  # each folder is looked for before the first evaluation
+            for severity in args.severities:
+                released_folder(root, name, severity)
+
     clean = None
     try:
         clean = own("imagenet")
@@ -209,9 +236,6 @@ def imagenet(args, networks, device, precision):
             result["clean"] = value
         row("imagenet val", [r["clean"] for r in results])
     for name in args.corruptions:
-        if root and name in corruptions.EXTRA and args.corruptions == EVERY:
-            if not any((root / group / name).is_dir() for group in ("", "extra")):
-                continue  # the fifth archive, which no mean needs
         for severity in args.severities:
             if root:
                 folder, title = released_folder(root, name, severity), f"imagenet-c {name}"
@@ -470,6 +494,9 @@ def main(args):
                 f"{model.spec['num_classes']}"
             )
     folder = None if args.generate else data.corrupted_dir(name, args.data_dir)
+    if folder:
+        missing = [c for c in args.corruptions if not (folder / f"{c}.npy").is_file()]
+        args.corruptions = available(args.corruptions, missing, folder)
     texture = corruptions.frost_textures(args.frost_dir, args.data_dir)[1]
     labels = data.corrupted_labels(folder) if folder else dataset.test.y
     if args.limit:

@@ -1,5 +1,6 @@
 """eval/corruptions.py: from a checkpoint to a table, on generated and released images."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -120,7 +121,7 @@ def test_released_arrays_are_read(folder, capsys):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda p: (p / "fog.npy").unlink(), "fog.npy: missing"),
+        (lambda p: (p / "fog.npy").unlink(), "no fog; complete it"),
         (lambda p: (p / "fog.npy").write_bytes((p / "fog.npy").read_bytes()[:900]), "truncated"),
         (lambda p: np.save(p / "fog.npy", np.zeros((100, 32, 32, 3))), "expected"),
         (lambda p: np.save(p / "fog.npy", np.zeros((99, 32, 32, 3), np.uint8)), "expected"),
@@ -197,3 +198,18 @@ def test_runs_from_any_directory(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "r" / "last.corruptions.json").is_file()
+
+
+def test_a_corruption_named_twice_is_refused():
+    """A table never averages a number with itself."""
+    with pytest.raises(argparse.ArgumentTypeError, match="fog is named twice"):
+        script.names("fog,snow,fog")
+
+
+def test_a_missing_corruption_is_known_at_the_beginning(capsys):
+    """The extra four may be missing; another one, or one asked for by name, is an error."""
+    assert script.available(script.EVERY, corruptions.EXTRA, "C") == list(corruptions.NAMES)
+    assert "left out" in capsys.readouterr().out
+    for chosen, missing in ((script.EVERY, ["jpeg_compression"]), (["spatter"], ["spatter"])):
+        with pytest.raises(UserError, match=f"C: no {missing[0]}; complete it"):
+            script.available(chosen, missing, "C")
