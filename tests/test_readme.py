@@ -84,6 +84,43 @@ def test_numbers_of_ct_are_those_of_the_files():
             assert row["mean corruption error"] in text(name)
 
 
+def rows_of(name, first):
+    """The cells of the README's rows that start with `first`."""
+    lines = [line for line in text(name).splitlines() if line.startswith(f"| {first} |")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_numbers_of_cifar100_are_those_of_the_file():
+    tables = load("eval/tables.py")
+    rows = tables.main(tables.parse_args([str(RESULTS / "ct_cifar100_train.json")]))
+    for row in rows.values():
+        cells = f"| {row['clean error']} | {row['mean corruption error']} |"
+        assert cells in text("eval/results/README.md")
+
+
+def test_numbers_of_nofrost_are_those_of_the_file():
+    content = json.loads((RESULTS / "nofrost_cifar10.json").read_text())
+    seeds = [part["checkpoints"] for part in content.values()]
+    titles = ["NoFrost (`--norm nf`)", "BatchNorm (`--norm bn`)",
+              "two sets of statistics (`dual-bn`)", "normal training, nf (`--lam 0`)",
+              "normal training, bn (`--lam 0`)"]  # fmt: skip
+    attacks = ("clean", "pgd-20", "pgd-100", "apgd-ce", "worst of all")
+    for i, title in enumerate(titles):
+        (cells,) = rows_of("eval/results/README.md", title)
+        found = [", ".join(f"{s[i]['accuracy'][a]:.1f}" for s in seeds) for a in attacks]
+        assert cells[2:] == found, title
+
+
+def test_numbers_of_fixup_are_those_of_the_file():
+    content = json.loads((RESULTS / "fixup_penalty_cifar10.json").read_text())
+    for variant, values in content["median"].items():
+        (cells,) = rows_of("eval/results/README.md", f"`{variant}`")
+        seeds = [content["runs"][f"{variant}-s{seed}"]["error"] for seed in range(3)]
+        each = ", ".join(f"{error:.1f}" for error in seeds)
+        assert cells[1] == f"{values['error']:.1f} ({each})", variant
+        assert abs(float(cells[2]) - values["corrupted"]) < 0.051, variant
+
+
 def test_numbers_of_the_ablation_are_those_of_the_file():
     runs = json.loads((RESULTS / "bn_ablation_vgg16-16_cifar10.json").read_text())["runs"]
     for label, norm in (("without", "none"), ("with", "bn")):
