@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -196,3 +197,46 @@ def test_check_finite():
 def test_table():
     text = run.table([["a", 1.0, "x"], ["bb", 22.25, "yy"]], ["name", "v", "w"])
     assert text.split("\n")[2:] == ["a      1.00   x", "bb    22.25  yy"]
+
+
+# --- where it runs --------------------------------------------------------------------------------
+
+
+def test_the_commit_is_this_repository_s_or_none(tmp_path):
+    """Unpacked inside another repository, the project does not report that one's commit."""
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    inner = tmp_path / "inner"
+    shutil.copytree(run.ROOT / "common", inner / "common")
+    code = "from common import run; print(repr(run.git_hash()))"
+
+    def printed():
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=inner, text=True, capture_output=True).stdout.strip()
+
+    assert printed() == "''"
+    (tmp_path / ".git").rename(inner / ".git")
+    assert len(printed().strip("'+")) == 12
+
+
+WINDOWS = """
+import os, signal, sys
+for module, names in {
+    signal: "SIGUSR1 SIGUSR2 SIGHUP SIGPIPE SIGKILL pthread_sigmask sigwaitinfo",
+    os: "sched_getaffinity fork getuid",
+}.items():
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.modules["fcntl"] = None
+"""
+
+
+@pytest.mark.parametrize("script", ["ct", "nofrost", "fixup_penalty", "bn_ablation"])
+def test_starts_without_what_windows_lacks(script):
+    code = f"{WINDOWS}import {script}\nsys.argv[1:] = ['--help']\n{script}.parse_args()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run.ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr

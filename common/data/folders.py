@@ -353,7 +353,19 @@ class Reader(Dataset):
         return x[: len(held)], torch.tensor(held, dtype=torch.int64), bad
 
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # those that `run.cli` answers
+ANSWERED = ("SIGINT", "SIGTERM", "SIGUSR1")  # by `run.cli`; Windows has no SIGUSR1
+SIGNALS = {getattr(signal, name) for name in ANSWERED if hasattr(signal, name)}
+
+
+def started(loader):
+    """An iterator of the loader, whose workers start with the signals blocked."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals(worker):
@@ -361,7 +373,10 @@ def leave_signals(worker):
     which still needs batches to finish its step; a SIGTERM counts from the trainer alone."""
     parent = multiprocessing.parent_process().pid
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return
@@ -484,13 +499,7 @@ class Files:
             worker_init_fn=leave_signals,
         )  # fmt: skip
         side = torch.cuda.Stream(self.device) if pinned else None
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, SIGNALS
-        )  # workers start with them blocked
-        try:
-            iterator = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        iterator = started(loader)
         while True:
             try:
                 batch = next(iterator)

@@ -16,13 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def git_hash():
-    """Commit of the checkout, with "+" when tracked files differ from it; "" outside git."""
+    """Commit of the checkout, with "+" when tracked files differ from it; "" without one.
+
+    The commit of a repository around the checkout says nothing about this code: "" for that too.
+    """
 
     def git(*command):
         done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
+        top = git("rev-parse", "--show-toplevel")
+        if not top or Path(top).resolve() != ROOT:
+            return ""
         head = git("rev-parse", "--short=12", "HEAD")
         return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
     except OSError:
