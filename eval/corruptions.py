@@ -431,8 +431,8 @@ def export_tree(args, device, out, digests, finished):
 
 def photographs(tree):
     """The image files <tree>/<class>/*, sorted. Their place in the list is their index."""
-    suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
-    files = sorted(f for f in tree.glob("*/*") if f.suffix.lower() in suffixes)
+    found = (f for f in tree.glob("*/*") if not f.name.startswith("."))
+    files = sorted(f for f in found if f.suffix.lower() in folders.SUFFIXES)
     if not files:
         raise run.UserError(f"--data-dir {tree}: no images <class>/*.jpg there")
     names = [(f.parent.name, f.stem) for f in files]
@@ -448,11 +448,10 @@ def photograph(path, side=224, short=256):
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            image = tf.center_crop(tf.resize(image.convert("RGB"), short), side)
-    except OSError as error:
+        image = Image.fromarray(folders.decode(path).permute(1, 2, 0).numpy())
+    except folders.Unreadable as error:
         raise run.UserError(f"{path}: not a readable image ({error})") from None
-    return tf.pil_to_tensor(image)
+    return tf.pil_to_tensor(tf.center_crop(tf.resize(image, short), side))
 
 
 def write_jpeg(path, image):

@@ -170,6 +170,22 @@ def test_trees_there_and_back(tree, tmp_path):
     assert again["sha256"] == manifest["sha256"]
 
 
+def test_trees_are_read_as_for_training(tmp_path):
+    """Greys of 16 bits keep their range, hidden files do not count, what is broken is named."""
+    from PIL import Image
+
+    (tmp_path / "a").mkdir()
+    for name in ("x.png", "y.tiff"):
+        Image.fromarray(np.full((300, 300), 100 * 257, np.uint16)).save(tmp_path / "a" / name)
+    (tmp_path / "a" / ".x.png").write_text("hidden")
+    files = script.photographs(tmp_path)
+    assert [f.name for f in files] == ["x.png", "y.tiff"]
+    assert all(script.photograph(f).eq(100).all() for f in files)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(run.UserError, match=r"x\.png: not a readable image \(.*truncated"):
+        script.photograph(files[0])
+
+
 def test_errors(folder, tree, tmp_path):
     out = tmp_path / "out"
     for options, message in (

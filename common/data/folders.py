@@ -6,7 +6,7 @@
     x, y = stream(step)                        # float in [0,1], int64; RandomResizedCrop and flip
 
 No list of paths and no image is held for longer than a batch: a listing is three arrays, about 40
-bytes a file. Decoding is torchvision's, in the processes of a DataLoader.
+bytes a file. Decoding is Pillow's, in the processes of a DataLoader.
 
 What is no picture has one outcome each. Greyscale, palette, CMYK, transparent and 16-bit files
 become 8-bit RGB; an animation is its first frame. A file that cannot be decoded is named on stderr,
@@ -17,6 +17,7 @@ ones are not listed. A link to a folder above itself is not followed.
 
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import io
@@ -29,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,30 +201,50 @@ class Unreadable(Exception):
     """A file that is no whole picture; its text is the reason."""
 
 
+# By content, whatever the name says. No other decoder of Pillow sees a file: some start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+FULL = (errno.EMFILE, errno.ENFILE)  # no more open files: no fault of the picture
+
+
 def decode(path):
-    """uint8 (3,H,W), RGB, of an image file. Raises Unreadable."""
-    from torchvision.io import ImageReadMode, decode_image, read_file
+    """uint8 (3,H,W), RGB, of an image file. Raises Unreadable, whatever is wrong with the file.
+
+    Pillow decodes, as for torchvision's ImageFolder: its decoders refuse damaged files, where those
+    of torchvision may end the process (vision #3613, #4485). Like there, an orientation in the EXIF
+    data is not applied, transparency is dropped and an animation is its first frame. Grey of more
+    than 8 bits keeps its greys, see `_eight_bits`. A picture of over twice
+    PIL.Image.MAX_IMAGE_PIXELS pixels is unreadable.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        if path.lower().endswith((".bmp", ".ppm", ".tif", ".tiff")):  # torchvision reads none
-            return _decode_other(path)
-        x = decode_image(read_file(path), ImageReadMode.RGB)
-    except (RuntimeError, OSError, ValueError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise Unreadable(lines[0].split(": ")[-1].rpartition(", ")[2][:100]) from None
-    if x.dtype == torch.uint16:  # 65535 is 255
-        x = ((x.to(torch.int32) + 128) // 257).to(torch.uint8)
-    return x[0] if x.dim() == 4 else x
+        with open(path, "rb") as file:
+            content = io.BytesIO(file.read())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags that the picture does not need
+            with Image.open(content, formats=FORMATS) as image:
+                if image.mode.startswith("I") or image.mode == "F":
+                    grey = torch.from_numpy(_eight_bits(np.array(image)))
+                    return grey.repeat(3, 1, 1)
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except UnidentifiedImageError:
+        raise Unreadable(
+            "no image of a known format, or truncated" if content.getvalue() else "empty"
+        ) from None
+    except Exception as error:  # Pillow's: OSError, SyntaxError, struct.error, ValueError, ...
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise UserError(f"{error.strerror}; raise the limit (ulimit -n)") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Unreadable(reason.splitlines()[0][:100]) from None
 
 
-def _decode_other(path):
-    from PIL import Image
-
-    with open(path, "rb") as file, Image.open(io.BytesIO(file.read())) as image:
-        if image.mode.startswith("I;16"):  # grey of 16 bits, which `convert` would cut off at 255
-            grey = (np.array(image).astype(np.int64).clip(0, 65535) + 128) // 257
-            return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def _eight_bits(grey):
+    """uint8 (H,W) of integers or floats (H,W): white is 65535 of integers and 1 of floats, or the
+    largest value where that is above. What is negative or not a number is black."""
+    white = 1 if grey.dtype.kind == "f" else 65535
+    grey = np.nan_to_num(grey.astype(np.float64), nan=0, posinf=0, neginf=0)
+    white = max(white, grey.max(initial=0))
+    return (grey.clip(0) / white * 255).round().astype(np.uint8)
 
 
 def crop_box(height, width, scale, rng):
@@ -268,12 +290,12 @@ def fitted(image, size, fit):
 class Reader(Dataset):
     """Decodes batches in the loader's processes. reader[epoch, positions, augment], epoch None for
     an evaluation, is (uint8 (n,3,S,S), the positions it holds, [(row, reason)] unreadable), or the
-    text of a UserError; with files.decode "device" it is what `decoded` takes."""
+    text of a UserError."""
 
     def __init__(self, files, seed=0, flip=True):
         self.listing, self.rows = files.listing, files.rows
         self.size, self.fit, self.scale = files.size, files.fit, files.scale
-        self.seed, self.flip, self.raw = seed, flip, files.decode == "device"
+        self.seed, self.flip = seed, flip
 
     def prepare(self, image, epoch, position):
         """The picture as the network gets it; in training the draws depend on this key alone."""
@@ -283,51 +305,6 @@ class Reader(Dataset):
         return augmented(image, self.size, self.scale, self.flip, rng)
 
     def __getitem__(self, batch):
-        if not self.raw:
-            return self.read(batch)
-        from torchvision.io import read_file
-
-        contents = []
-        for position in batch[1]:
-            with contextlib.suppress(RuntimeError):
-                content = read_file(self.listing.path(int(self.rows[position])))
-                if content[:2].tolist() == [0xFF, 0xD8]:
-                    contents.append((position, content))
-        return batch, contents
-
-    def decoded(self, batch, contents, device):
-        """What `read` returns, with the JPEGs decoded on the device (nvJPEG on a GPU); what is
-        none, or broken, goes the way of `read`."""
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        epoch, positions, augment = batch
-        images, x, held, bad = {}, [], [], []
-        try:
-            many = decode_jpeg([c for _, c in contents], ImageReadMode.RGB, device=device)
-            images = dict(zip((p for p, _ in contents), many, strict=True))
-        except (RuntimeError, ValueError):  # does not say which; or there is none
-            for position, content in contents:
-                with contextlib.suppress(RuntimeError):
-                    images[position] = decode_jpeg([content], ImageReadMode.RGB, device=device)[0]
-        for position in positions:
-            if position not in images:
-                found = self.read((epoch, [position], augment))
-                if isinstance(found, str):
-                    return found
-                x.append(found[0].to(device))
-                held += found[1].tolist()
-                bad += found[2]
-                continue
-            try:
-                image = self.prepare(images[position], epoch if augment else None, position)
-            except UserError as error:
-                return f"{self.listing.path(int(self.rows[position]))}: {error}"
-            x.append(image[None])
-            held.append(position)
-        x = torch.cat(x) if x else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        return x, torch.tensor(held, dtype=torch.int64), bad
-
-    def read(self, batch):
         epoch, positions, augment = batch
         x = torch.empty(len(positions), 3, self.size, self.size, dtype=torch.uint8)
         held, bad = [], []
@@ -399,20 +376,18 @@ class Files:
     NumPy x[slice] is a view (of files undecoded), x[index tensor] is new: the images.
 
     size, fit: of `fitted`; scale: of `augmented`; only: class numbers to which the logits of an
-    evaluation are restricted; decode: "workers", or "device" for JPEGs there (nvJPEG on a GPU);
-    bad: {row of the listing: reason} of the files found unreadable.
+    evaluation are restricted; bad: {row of the listing: reason} of the files found unreadable.
     """
 
     dtype = torch.uint8
 
     def __init__(
         self, listing, rows=None, size=224, fit="crop", scale=(0.08, 1.0), device="cpu",
-        workers=None, strict=False, only=None, decode="workers",
+        workers=None, strict=False, only=None,
     ):  # fmt: skip
         self.listing, self.size, self.fit, self.scale = listing, size, fit, scale
         self.rows = np.arange(len(listing)) if rows is None else np.asarray(rows, np.int64)
         self.device, self.strict, self.bad = torch.device(device), strict, {}
-        self.decode = decode
         self.workers = default_workers() if workers is None else workers
         self.only = None if only is None else torch.as_tensor(only)
         self.skipped = np.zeros(0, np.int64)  # positions left out by the last `split`
@@ -486,7 +461,7 @@ class Files:
     def load(self, batches, seed=0, flip=True):
         """Yield (x, positions held) on the device for an iterable of (epoch, positions, augment).
         The loader draws from a generator of its own: the global one belongs to the training."""
-        import torchvision.io
+        import PIL.Image  # noqa: F401
         import torchvision.transforms.v2.functional  # noqa: F401 - once, before the workers fork
 
         pinned, workers = self.device.type == "cuda", self.workers
@@ -508,8 +483,6 @@ class Files:
             except RuntimeError as error:  # torch's word for a killed process or a full /dev/shm
                 reason = str(error).splitlines()[0]
                 raise UserError(f"loader: {reason}; fewer --workers may help") from None
-            if reader.raw:
-                batch = reader.decoded(*batch, self.device)
             if isinstance(batch, str):
                 raise UserError(batch)
             x, held, bad = batch

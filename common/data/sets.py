@@ -77,10 +77,6 @@ def add_arguments(parser):
         help="test on this domain, train on the others; ct.py: all, one after the other",
     )  # fmt: skip
     group.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
-    group.add_argument(
-        "--decode", default="workers", choices=["workers", "device"],
-        help="where files are decoded; device: JPEGs by nvJPEG on the GPU",
-    )  # fmt: skip
     group.add_argument("--strict", action="store_true", help="stop at a file that is no image")
     group.add_argument(
         "--val-size", type=run.nonnegative(int), default=0, metavar="N",
@@ -105,7 +101,7 @@ def add_arguments(parser):
 
 def load(
     name, data_dir="data", val_size=0, limit=0, seed=0, device="cpu", image_size=None,
-    test_domain=None, workers=None, strict=False, decode="workers", shortcut_levels=None,
+    test_domain=None, workers=None, strict=False, shortcut_levels=None,
 ):  # fmt: skip
     """Read a data set. Raises UserError where files are missing, truncated or of another shape.
 
@@ -115,7 +111,7 @@ def load(
     the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain,
     camelyon17 with its official splits (val: hospital 1, test: hospital 2).
     shortcut_levels: see shortcut.py; 3 for shapes-shortcut and 0 for the others where it is None.
-    image_size: of a tree, or of shapes; workers, strict, decode: of `folders.Files`.
+    image_size: of a tree, or of shapes; workers, strict: of `folders.Files`.
     """
     title = name
     if shortcut_levels is None:
@@ -123,7 +119,7 @@ def load(
     name = name.removesuffix("-shortcut")
     if shortcut_levels and (name in PHOTOGRAPHS or name == "tiny-imagenet"):
         raise UserError(f"--shortcut: for small data sets held as tensors, not for {name}")
-    options = {"device": device, "workers": workers, "strict": strict, "decode": decode}
+    options = {"device": device, "workers": workers, "strict": strict}
     sized = name in ("shapes", "tiny-imagenet") or name not in STATS
     if image_size and not sized:
         raise UserError(f"--image-size {image_size}: {name} has 32 pixels")
@@ -178,7 +174,7 @@ def load(
 def from_args(args, device, **change):
     """The data set of a script's options (`add_arguments`); `change` overrides some."""
     keys = ("data_dir", "val_size", "limit", "seed", "image_size", "test_domain", "workers")
-    options = {k: getattr(args, k) for k in (*keys, "strict", "decode")} | change
+    options = {k: getattr(args, k) for k in (*keys, "strict")} | change
     options["shortcut_levels"] = getattr(args, "shortcut", None)
     return load(args.dataset, device=device, **options)
 
