@@ -42,13 +42,14 @@ from common import corruptions, data, models, run
 DEFAULTS = {
     "shapes": {
         "arch": "resnet8", "epochs": 80, "val_size": 200, "limit": 1000, "augment": False,
-        "image_size": 16, "batch_size": 64, "eval_every": 5,
+        "image_size": 16, "batch_size": 64, "corrupted_images": 0, "eval_every": 5,
     },
     "cifar10": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
     "cifar100": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
     "svhn": {"arch": "wrn28", "epochs": 200, "val_size": 3257, "eval_every": 5},
     "folders": {"arch": "resnet50", "epochs": 90, "val_size": 10_000, "eval_every": 5},
 }  # fmt: skip
+GENERAL = {"limit": 0, "augment": True, "batch_size": 128, "corrupted_images": 500}
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
 PENALTIES, INITS = ("penalty", "embedding", "logits"), ("he", "glorot")
 TUNED = {  # the values that --tune tries
@@ -105,13 +106,13 @@ def parse_args(argv=None):
     )  # fmt: skip
     run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser)
-    parser.set_defaults(limit=None, augment=None, batch_size=None)
+    parser.set_defaults(limit=None, augment=None, batch_size=None, corrupted_images=None)
     parser.add_argument("--growth", help=argparse.SUPPRESS)
     args = run.parse(parser, argv)
     if args.growth:
         raise run.UserError(f"--growth: python eval/growth.py --depths {args.growth}")
     row = run.defaults_for(DEFAULTS, args.dataset)
-    run.fill(args, {"limit": 0, "augment": True, "batch_size": 128} | row)
+    run.fill(args, GENERAL | row)
     args.val_size = args.val_size or (row["val_size"] if args.tune else 0)
     if args.norm:
         words = [args.penalty] * (args.penalty != "none") + ["dropout"] * (args.dropout > 0)
@@ -313,6 +314,8 @@ def main(args):
     variants = {name: options_of(name, args) for name in args.variants}
     for own in variants.values():
         build(own, dataset, device)
+    if args.corrupted_images and dataset.image_size < 24:
+        raise run.UserError("--corrupted-images: the corruptions need images of 24 pixels or more")
     make_task(dataset, args)
     seeds = range(args.seed, args.seed + args.seeds)
     suffix = {seed: f"-s{seed}" if args.seeds > 1 else "" for seed in seeds}
