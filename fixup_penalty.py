@@ -327,6 +327,7 @@ def main(args):
         variants = {k: tune(k, own, dataset, rundir, precision) for k, own in variants.items()}
         dataset = data.from_args(args, device, val_size=0)
     networks, metrics = {}, {}
+    rundir.plan(**{name + end: args.epochs for name in variants for end in suffix.values()})
     for (name, own), seed in itertools.product(variants.items(), seeds):
         own = run.changed(own, seed=seed)
         stage = name + suffix[seed]

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from common import corruptions, data, models, run
+from common.corruptions import digital, engine, noise, weather
 
 GOLDEN = Path(__file__).parent / "golden" / "corruptions.npz"
 EVERY = [*corruptions.NAMES, *corruptions.EXTRA]
@@ -72,10 +73,10 @@ def numpy_draws(name, c, image, frost_sizes=None):
 
 def as_original(images, name, severity, seed, frost_dir=None, scale=None):
     """What the original code makes of uint8 images (N,S,S,3) after np.random.seed(seed)."""
-    c, scale = corruptions._constants(name, severity, images.shape[1], scale)
+    c, scale = engine._constants(name, severity, images.shape[1], scale)
     sizes = None
     if name == "frost":
-        sizes = corruptions._frost_canvas(frost_dir, scale, torch.device("cpu"))[1]
+        sizes = weather._frost_canvas(frost_dir, scale, torch.device("cpu"))[1]
     np.random.seed(seed)
     draws = zip(*[numpy_draws(name, c, image, sizes) for image in images], strict=True)
     draws = [torch.from_numpy(np.ascontiguousarray(np.stack(d))) for d in draws]
@@ -151,7 +152,7 @@ def test_equals_the_released_images(shared):
 def test_frost_crops_of_the_release(shared):
     """Texture and corner of the released frost images are known: fed in, the images come out."""
     frost = shared / "golden" / "frost"
-    _, sizes, _ = corruptions._frost_canvas(frost, 32, torch.device("cpu"))
+    _, sizes, _ = weather._frost_canvas(frost, 32, torch.device("cpu"))
     crops = [(2, 24, 70), (4, 4, 22), (5, 22, 68), (2, 16, 75), (5, 45, 58)]
     with np.load(shared / "golden" / "cifar10c_release_index0.npz") as released:
         x = to_torch(released["clean"][None])
@@ -178,7 +179,7 @@ def test_jpeg_equals_pillow(size):
     smooth = np.clip(128 + np.cumsum(rng.standard_normal((2, size, size, 3)) * 20, 1), 0, 255)
     images = np.concatenate([noise, smooth]).astype(np.uint8)
     for quality in (7, 15, 25, 40, 58, 80):
-        ours = to_numpy(corruptions._jpeg_compression(to_torch(images), quality))
+        ours = to_numpy(digital._jpeg_compression(to_torch(images), quality))
         for image, y in zip(images, ours, strict=True):
             file = BytesIO()
             Image.fromarray(image).save(file, "JPEG", quality=quality)
@@ -272,7 +273,7 @@ def test_normal_draws_are_normal():
 @pytest.mark.parametrize(("scale", "severity"), [(32, 1), (32, 5), (224, 3), (224, 5)])
 def test_shot_noise_is_poisson(scale, severity):
     """Output levels of four input levels against the Poisson probabilities, by chi-square."""
-    c = corruptions.SHOT_NOISE[scale][severity - 1]
+    c = noise.SHOT_NOISE[scale][severity - 1]
     levels = torch.tensor([3, 40, 128, 255], dtype=torch.uint8)
     x = levels.repeat(64, 3, 32, 8)[:, :, :, :32]
     y = corruptions.corrupt(x, "shot_noise", severity, seed=1, scale=scale)
@@ -293,7 +294,7 @@ def test_shot_noise_is_poisson(scale, severity):
 
 def test_fed_counts_and_own_draws_agree_on_shot_noise(images):
     """The alias tables and the plain formula are two ways to one distribution: same means."""
-    c = corruptions.SHOT_NOISE[32][4]
+    c = noise.SHOT_NOISE[32][4]
     x = images[:1].expand(400, -1, -1, -1).contiguous()
     own = corruptions.corrupt(x, "shot_noise", 5).double().mean(0)
     counts = torch.poisson(x / 255 * c).long()
@@ -326,10 +327,8 @@ def test_severity_grows(images):
 
 def test_chunks_bound_the_memory(images, monkeypatch):
     seen = []
-    apply = corruptions.apply
-    monkeypatch.setattr(
-        corruptions, "apply", lambda x, *rest: seen.append(len(x)) or apply(x, *rest)
-    )
+    apply = engine.apply
+    monkeypatch.setattr(engine, "apply", lambda x, *rest: seen.append(len(x)) or apply(x, *rest))
     corruptions.corrupt(images.repeat(20, 1, 1, 1), "fog", 1)
     assert sum(seen) == 240 and max(seen) * 32 * 32 <= corruptions.CHUNK
     seen.clear()
@@ -431,7 +430,7 @@ def test_every_corruption_has_its_constants():
     assert len(corruptions.NAMES) == 15 and len(set(EVERY)) == 19
     for name in EVERY:
         for size in corruptions.SIZES:
-            rows = {corruptions._constants(name, s, size, None)[0] for s in corruptions.SEVERITIES}
+            rows = {engine._constants(name, s, size, None)[0] for s in corruptions.SEVERITIES}
             assert len(rows) == 5, (name, size)
 
 

@@ -1,0 +1,196 @@
+"""Corruptions by name: drawing apart from applying."""
+
+import torch
+
+from common import run
+from common.corruptions.blur import (
+    DEFOCUS_BLUR,
+    GLASS_BLUR,
+    MOTION_BLUR,
+    ZOOM_BLUR,
+    _defocus_blur,
+    _glass_blur,
+    _motion_blur,
+    _zoom_blur,
+)
+from common.corruptions.digital import (
+    ELASTIC_TRANSFORM,
+    JPEG_COMPRESSION,
+    PIXELATE,
+    _elastic_transform,
+    _jpeg_compression,
+    _pixelate,
+)
+from common.corruptions.draws import _Stream
+from common.corruptions.extra import (
+    GAUSSIAN_BLUR,
+    SATURATE,
+    SPATTER,
+    SPECKLE_NOISE,
+    _gaussian_blur,
+    _saturate,
+    _spatter,
+    _speckle_noise,
+)
+from common.corruptions.names import SEVERITIES, SIZES
+from common.corruptions.noise import (
+    GAUSSIAN_NOISE,
+    IMPULSE_NOISE,
+    SHOT_NOISE,
+    _gaussian_noise,
+    _impulse_noise,
+    _shot_noise,
+)
+from common.corruptions.weather import (
+    BRIGHTNESS,
+    CONTRAST,
+    FOG,
+    FROST,
+    SNOW,
+    _brightness,
+    _contrast,
+    _fog,
+    _frost,
+    _frost_canvas,
+    _map_size,
+    _snow,
+    frost_textures,
+)
+
+_TABLE = {  # name: constants, draws from a stream for (constants, size), function
+    "gaussian_noise": (GAUSSIAN_NOISE, lambda r, c, s: [r.normal(3, s, s)], _gaussian_noise),
+    "shot_noise": (SHOT_NOISE, lambda r, c, s: [r.uniform(3, s, s)], _shot_noise),
+    "impulse_noise": (
+        IMPULSE_NOISE,
+        lambda r, c, s: [r.uniform(3, s, s), r.uniform(3, s, s)],
+        _impulse_noise,
+    ),
+    "defocus_blur": (DEFOCUS_BLUR, None, _defocus_blur),
+    "glass_blur": (
+        GLASS_BLUR,
+        lambda r, c, s: [r.uniform(c[2], s - 2 * c[1], s - 2 * c[1], 2)],
+        _glass_blur,
+    ),
+    "motion_blur": (MOTION_BLUR, lambda r, c, s: [r.uniform(1)], _motion_blur),
+    "zoom_blur": (ZOOM_BLUR, None, _zoom_blur),
+    "snow": (SNOW, lambda r, c, s: [r.normal(s, s), r.uniform(1)], _snow),
+    "frost": (FROST, lambda r, c, s: [r.uniform(3)], _frost),
+    "fog": (FOG, lambda r, c, s: [r.uniform(_map_size(s) ** 2 - 1)], _fog),
+    "brightness": (BRIGHTNESS, None, _brightness),
+    "contrast": (CONTRAST, None, _contrast),
+    "elastic_transform": (
+        ELASTIC_TRANSFORM,
+        lambda r, c, s: [r.uniform(3, 2), r.uniform(2, s, s)],
+        _elastic_transform,
+    ),
+    "pixelate": (PIXELATE, None, _pixelate),
+    "jpeg_compression": (JPEG_COMPRESSION, None, _jpeg_compression),
+    "speckle_noise": (SPECKLE_NOISE, lambda r, c, s: [r.normal(3, s, s)], _speckle_noise),
+    "gaussian_blur": (GAUSSIAN_BLUR, None, _gaussian_blur),
+    "spatter": (SPATTER, lambda r, c, s: [r.normal(s, s)], _spatter),
+    "saturate": (SATURATE, None, _saturate),
+}
+
+
+def _constants(name, severity, size, scale):
+    """The constants of one corruption and the scale they belong to; UserError if there are none."""
+    if name not in _TABLE:
+        raise run.UserError(f"unknown corruption {name!r}; known: {', '.join(_TABLE)}")
+    if severity not in SEVERITIES:
+        raise run.UserError(f"severity {severity!r}: choose one of 1, 2, 3, 4, 5")
+    if scale is None and size not in SIZES:
+        raise run.UserError(
+            f"images of {size} pixels: the corruptions are defined at 32, 64 and 224 pixels; "
+            "resize the images, or choose the constants of one size with scale=32, 64 or 224"
+        )
+    if scale is not None and scale not in SIZES:
+        raise run.UserError(f"scale={scale!r}: choose 32, 64 or 224")
+    if size < 24:  # the widest reflected border is 10, the smallest texture of frost 63
+        raise run.UserError(f"images of {size} pixels: the corruptions need at least 24")
+    scale = scale or size
+    return _TABLE[name][0][scale][severity - 1], scale
+
+
+def draw(name, severity, size, seed=0, index=None, scale=None):
+    """The random numbers of the images `index` (n,) int64: a list of tensors (n, ...), float64,
+    standard normal or uniform in [0,1), on the device of `index`; none for some corruptions."""
+    constants, _ = _constants(name, severity, size, scale)
+    make = _TABLE[name][1]
+    if make is None:
+        return []
+    return make(_Stream((int(seed), name, severity), index), constants, size)
+
+
+def apply(x, name, severity, draws, scale=None, frost_dir=None, data_dir="data"):
+    """Corrupt uint8 (n,3,S,S) with these draws; what they mean is said at each corruption."""
+    constants, scale = _constants(name, severity, x.shape[-1], scale)
+    if name == "frost":
+        folder, _ = frost_textures(frost_dir, data_dir)
+        draws = [*draws, *_frost_canvas(folder, scale, x.device)]
+    return _TABLE[name][2](x.contiguous(), constants, *draws)
+
+
+def corrupt(
+    x,
+    name,
+    severity,
+    seed=0,
+    index=None,
+    generator=None,
+    frost_dir=None,
+    data_dir="data",
+    scale=None,
+    chunk=None,
+):
+    """Corrupt a batch of images.
+
+    x: uint8 (N,3,S,S), S = 32, 64 or 224, on any device; other sizes take the constants of
+        `scale`, since the constants are no function of the size.
+    name, severity: one of NAMES or EXTRA, 1 to 5.
+    seed, index: image i is a pure function of (seed, name, severity, index[i], x[i]); index is
+        int64 (N,), by default 0..N-1. A `generator` (torch.Generator) draws the seed instead.
+    frost_dir, data_dir: see `frost_textures`.
+    chunk: images at a time; bounds the memory in use, changes nothing else.
+
+    Returns uint8 (N,3,S,S) on the device of x. Raises UserError for bad input.
+    """
+    _check(x)
+    size, device = x.shape[-1], x.device
+    _constants(name, severity, size, scale)
+    if index is None:
+        index = torch.arange(len(x), device=device)
+    if index.dtype != torch.int64 or index.shape != x.shape[:1]:
+        raise run.UserError(
+            f"index: one int64 number for each of the {len(x)} images, "
+            f"got {index.dtype} {tuple(index.shape)}"
+        )
+    if generator is not None:
+        seed = torch.randint(1 << 62, (), generator=generator, device=generator.device).item()
+    if chunk is not None and chunk < 1:
+        raise run.UserError(f"chunk={chunk}: at least one image at a time")
+    if chunk is None:
+        chunk = max(1, (CHUNK if device.type == "cpu" else 64 * CHUNK) // size**2)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start in range(0, len(x), chunk):
+        part = slice(start, start + chunk)
+        draws = draw(name, severity, size, seed, index[part].to(device), scale)
+        out[part] = apply(x[part], name, severity, draws, scale, frost_dir, data_dir)
+    return out
+
+
+CHUNK = 1 << 16  # pixels at a time by default on a CPU: the work of a chunk stays in its cache
+
+
+def _check(x):
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
+        what = f"{x.dtype} tensor" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise run.UserError(
+            f"corruptions take uint8 images 0..255, got a {what}; convert floats in [0,1] with "
+            "x.mul(255).round().to(torch.uint8)"
+        )
+    if x.dim() != 4 or x.shape[1] != 3:
+        raise run.UserError(f"corruptions take images (N,3,S,S), got {tuple(x.shape)}")
+    if x.shape[2] != x.shape[3]:
+        raise run.UserError(
+            f"corruptions take square images, got {x.shape[2]}x{x.shape[3]}: crop or resize them"
+        )
