@@ -42,14 +42,14 @@ from common import corruptions, data, models, run
 DEFAULTS = {
     "shapes": {
         "arch": "resnet8", "epochs": 80, "val_size": 200, "limit": 1000, "augment": False,
-        "image_size": 16, "batch_size": 64, "corrupted_images": 0, "eval_every": 5,
+        "image_size": 16, "batch_size": 64, "lr": 0.2, "corrupted_images": 0, "eval_every": 5,
     },
     "cifar10": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
     "cifar100": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
     "svhn": {"arch": "wrn28", "epochs": 200, "val_size": 3257, "eval_every": 5},
     "folders": {"arch": "resnet50", "epochs": 90, "val_size": 10_000, "eval_every": 5},
 }  # fmt: skip
-GENERAL = {"limit": 0, "augment": True, "batch_size": 128, "corrupted_images": 500}
+GENERAL = {"limit": 0, "augment": True, "batch_size": 128, "lr": 0.1, "corrupted_images": 500}
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
 PENALTIES, INITS = ("penalty", "embedding", "logits"), ("he", "glorot")
 TUNED = {  # the values that --tune tries
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser)
-    parser.set_defaults(limit=None, augment=None, batch_size=None, corrupted_images=None)
+    parser.set_defaults(limit=None, augment=None, batch_size=None, lr=None, corrupted_images=None)
     parser.add_argument("--growth", help=argparse.SUPPRESS)
     args = run.parse(parser, argv)
     if args.growth:

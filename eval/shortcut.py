@@ -199,8 +199,6 @@ def sentence(rows, study):
 
 def figure(rows, study, path):
     """The SVG: swapped accuracy against steps (shapes) or against the grating's size (cifar10)."""
-    from figures import line_plot
-
     points = {}
     for row in rows:
         at = {c["step"]: c["swapped"] for c in row["curve"]}
@@ -216,7 +214,7 @@ def figure(rows, study, path):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             lines[norm].append((x, statistics.mean(values), spread))
     label = "training steps" if study == "shapes" else "size of the grating, grey levels of 255"
-    line_plot(path, lines, label, "accuracy with the grating swapped, %")
+    run.line_plot(path, lines, label, "accuracy with the grating swapped, %")
 
 
 def main(args):

@@ -174,7 +174,7 @@ def test_preprocessing_is_torchvisions(root):
     """Resize 256, centre 224: within two grey levels of the reference transform, on average 0.2."""
     from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-    from common import folders
+    from common.data import folders
 
     rng = np.random.default_rng(0)
     small = rng.integers(256, size=(9, 12, 3), dtype=np.uint8)

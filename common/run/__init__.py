@@ -53,6 +53,7 @@ from common.run.loop import Loop
 from common.run.old_guard import Guard
 from common.run.old_run import Run, on_signal
 from common.run.pictures import captioned
+from common.run.plot import line_plot
 from common.run.progress import Progress, clock
 from common.run.repeat import each_seed, repeat
 from common.run.results import (
@@ -114,6 +115,7 @@ __all__ = [
     "git_hash",
     "has_bf16",
     "line_chart",
+    "line_plot",
     "listed",
     "load_checkpoint",
     "lock",
