@@ -44,8 +44,8 @@ SMALL = {
 }  # fmt: skip
 DEFAULTS = {
     "shapes": SMALL | {
-        "arch": "wrn10-1", "norms": ["nf", "bn", "dual-bn"], "epochs": 6, "batch_size": 64,
-        "lr": 0.3, "eps": 4.0, "attack_steps": 2, "robust_images": 100,
+        "arch": "wrn10-1", "norms": ["nf", "bn", "dual-bn"], "epochs": 8, "batch_size": 64,
+        "lr": 0.3, "eps": 4.0, "attack_steps": 1, "robust_images": 100,
         "image_size": 16,
     },
     **dict.fromkeys(("cifar10", "cifar100", "svhn", "tiny-imagenet"), SMALL),

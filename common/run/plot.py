@@ -4,6 +4,7 @@ line_plot("a.svg", {"bn": [(0, 90.0, 0.4), (1, 54.0, 1.2)]}, "grey levels", "acc
 """
 
 import html
+import itertools
 import math
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def line_plot(path, lines, xlabel, ylabel):
         names.append([places[-1][1], name, colour])
     # Names stand at the ends of the lines, moved apart where they would overlap.
     names.sort()
-    for above, below in zip(names, names[1:], strict=False):
+    for above, below in itertools.pairwise(names):
         below[0] = max(below[0], above[0] + 14)
     for y, name, colour in names:
         x = LEFT + WIDTH + 8
