@@ -67,6 +67,10 @@ def test_npz(tmp_path):
         ({"y_test": np.zeros(8, np.int64)}, "must be integers"),
         ({"y_train": None}, "has no array 'y_train'"),
         ({"y_train": -np.ones(60, np.int64)}, "negative labels"),
+        (
+            {"y_train": np.arange(60) % 3 + 1, "y_test": np.arange(9) % 3 + 1},
+            r"labels are 1 to 3; .*0",
+        ),
         ({"classes": np.array(["a"])}, "1 class names for labels up to 2"),
         ({"x_train": np.array([None] * 60, object)}, "not an .npz of plain arrays"),
     ],
@@ -145,6 +149,21 @@ def test_a_test_set_sorted_by_class_is_mixed(tmp_path):
 
 
 # --- splits -------------------------------------------------------------------------------------
+
+
+def test_a_sample_below_the_classes_is_of_all_of_them():
+    """Who gets one more is drawn; a size that divides evenly does not depend on that draw."""
+    y = torch.arange(100).repeat(5)
+    draws = [y[data.stratified_split(y, 50, seed, "--limit")[1]] for seed in (0, 0, 1)]
+    for found in draws:
+        assert len(found.unique()) == 50 and 30 < found.double().mean() < 70
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    counts = torch.bincount(y[data.stratified_split(y, 250, 0, "--limit")[1]])
+    assert counts.unique().tolist() == [2, 3] and counts[:50].sum() != 150
+    rest, chosen = data.stratified_split(y, 500, 0, "--limit")
+    assert len(rest) == 0 and torch.equal(chosen, torch.arange(500))
+    with pytest.raises(UserError, match="--limit 501: there are only 500 images"):
+        data.stratified_split(y, 501, 0, "--limit")
 
 
 def test_splits_are_stratified_disjoint_and_seeded(tmp_path):

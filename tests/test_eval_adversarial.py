@@ -625,7 +625,7 @@ def test_two_evaluations_of_one_file(folder):
         (["--eps", "20000", "--norm", "l2"], "whole box is 14134/255 across"),
         (["--attacks", "pdg-20"], "there is no attack 'pdg-20'"),
         (["--attacks", "pgd,pgd"], "pgd is there twice"),
-        (["--limit", "16"], "--limit 16: there are only 16"),
+        (["--limit", "17"], "--limit 17: there are only 16"),
         (["--arch", "resnet8"], "--arch goes with"),
         (["--attacks", "fgsm", "--json", "/proc/x/y.json"], "cannot write"),
     ],

@@ -187,8 +187,8 @@ def test_bad_checkpoints(folder):
     checkpoint(folder / "c.pt", classes=7)
     with pytest.raises(UserError, match=r"has 10 classes, c\.pt 7"):
         evaluate(folder, folder / "c.pt")
-    with pytest.raises(UserError, match="--limit 20: there are only 20"):
-        evaluate(folder, folder / "a.pt", "--limit", "20")
+    with pytest.raises(UserError, match="--limit 21: there are only 20"):
+        evaluate(folder, folder / "a.pt", "--limit", "21")
 
 
 def test_runs_from_any_directory(folder):

@@ -1,5 +1,6 @@
 """Trees of image files: every kind of bad input, the cached listing, batches as of a tensor."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -232,7 +233,7 @@ def test_unreadable_files_are_skipped_counted_and_named(tree, capfd):
     )
     lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("skipped")]
     assert len(lines) == 3 and "3 unreadable so far" in lines[-1]
-    assert any(str(files[0]) in x and "truncated" in x for x in lines)
+    assert any(str(files[0]) in x and "truncated" in x.lower() for x in lines)
     images = broken.test.take(slice(None))
     assert len(images.x) == len(images.y) == 5
     with pytest.raises(UserError, match="delete or replace it"):
@@ -498,6 +499,34 @@ def test_dead_worker_is_one_line(tree, monkeypatch):
     monkeypatch.setattr(folders, "decode", lambda path: os._exit(1))
     with pytest.raises(UserError, match=r"loader: .*fewer --workers"):
         data.Batches(load(tree, workers=1).train, 5, seed=0)(0)
+
+
+def test_no_more_files_is_one_line(tree, monkeypatch):
+    """Too low a limit of open files is named, when workers start and when a picture is opened."""
+    path = load(tree).train.x.listing.path(0)
+
+    def full(*args, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(folders.DataLoader, "__iter__", full)
+    with pytest.raises(UserError, match=r"loader: Too many open files; fewer --workers"):
+        data.Batches(load(tree, workers=2).train, 5, seed=0)(0)
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(UserError, match="Too many open files; raise the limit"):
+        folders.decode(path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_domains_of_few_images(tmp_path, count):
+    """One image of two is held out; where none can be, one line says so."""
+    for name in ("d1", "d2"):
+        make_tree(tmp_path / name, {"a": count})
+    if count == 1:
+        with pytest.raises(UserError, match=r"2 images .* too few to hold some out"):
+            load(tmp_path, "domains")
+    else:
+        loaded = load(tmp_path, "domains")
+        assert len(loaded.train.y) == len(loaded.test.y) == 2
 
 
 def test_sample_trees(shared):

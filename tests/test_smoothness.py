@@ -266,7 +266,7 @@ def test_unwritable_json_is_known_before_the_work(folder, monkeypatch):
         (["--eps", "0"], "eps 0 is not in"),
         (["--eps", "300"], "eps 300 is not in"),
         (["--measures", "gradient,curvature"], "--measures curvature: choose from"),
-        (["--limit", "20"], "there are only 20"),
+        (["--limit", "21"], "there are only 20"),
         (["--arch", "resnet8"], "--arch goes with"),
     ],
 )

@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -335,7 +336,22 @@ SIGNALS = {getattr(signal, name) for name in ANSWERED if hasattr(signal, name)}
 
 
 def started(loader):
-    """An iterator of the loader, whose workers start with the signals blocked."""
+    """An iterator of the loader, whose workers start with the signals blocked. Raises UserError
+    where the machine has no more files, processes or memory for them."""
+    try:
+        return _started(loader)
+    except OSError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half = frame.f_locals.get("self")
+            if hasattr(half, "_shutdown"):  # the unfinished iterator, whose end would fail loudly
+                half._shutdown = True
+        reason = error.strerror or error
+        raise UserError(
+            f"loader: {reason}; fewer --workers, or a higher ulimit, may help"
+        ) from None
+
+
+def _started(loader):
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -480,8 +496,11 @@ class Files:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:  # torch's word for a killed process or a full /dev/shm
-                reason = str(error).splitlines()[0]
+            except (
+                RuntimeError,
+                OSError,
+            ) as error:  # a killed process, a full /dev/shm, no file left
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise UserError(f"loader: {reason}; fewer --workers may help") from None
             if isinstance(batch, str):
                 raise UserError(batch)

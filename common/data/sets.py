@@ -157,6 +157,8 @@ def load(
         whole = "{} and {}".format(*COUNTS[name])
         trees.note(f"{name}: {len(train.y)} and {len(test.y)} images; the whole set has {whole}")
     if val_size:
+        if val_size >= len(train.y):
+            raise UserError(f"--val-size {val_size}: there are only {len(train.y)} training images")
         rest, held_out = stratified_split(train.y, val_size, seed, "--val-size")
         train, val = train.subset(rest), train.subset(held_out[shuffled(len(held_out))])
     if limit:
@@ -192,15 +194,18 @@ def shuffled(n):
 
 def stratified_split(y, size, seed, option):
     """Indices (rest, chosen), both ascending: `chosen` has `size` rows, as evenly per class as
-    the counts allow. Raises UserError naming `option` when there are too few rows."""
-    if size >= len(y):
-        raise UserError(f"{option} {size}: there are only {len(y)} training images")
+    the counts allow; `seed` draws them, and the classes that get one more where they do not divide
+    evenly. Raises UserError naming `option` when there are too few rows."""
+    if size > len(y):
+        raise UserError(f"{option} {size}: there are only {len(y)} images")
     order = torch.randperm(len(y), generator=run.generator(seed, "split"))
     # Rank of every row within its class, in random order; the lowest ranks are chosen.
     by_class = order[y[order].argsort(stable=True)]
     counts = torch.bincount(y)
-    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[by_class]]
-    chosen = by_class[rank.argsort(stable=True)[:size]].sort().values
+    turn = torch.randperm(len(counts), generator=run.generator(seed, "split classes"))
+    label = y[by_class]
+    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[label]
+    chosen = by_class[(rank * len(counts) + turn[label]).argsort()[:size]].sort().values
     rest = torch.ones(len(y), dtype=torch.bool)
     rest[chosen] = False
     return rest.nonzero().flatten(), chosen
@@ -262,8 +267,14 @@ def read_npz(path):
     if (parts[1].y.diff() >= 0).all():  # by class
         parts[1] = parts[1].take(shuffled(len(parts[1].y)))
     count = int(max(p.y.max() for p in parts)) + 1
-    if min(p.y.min() for p in parts) < 0:
+    first = int(min(p.y.min() for p in parts))
+    if first < 0:
         raise UserError(f"{path}: negative labels")
+    if first > 0:
+        raise UserError(
+            f"{path}: the labels are {first} to {count - 1}; number the classes from 0 (in SVHN's "
+            ".mat files the digit 0 is 10: take y % 10)"
+        )
     classes = [str(c) for c in arrays.get("classes", range(count))]
     if len(classes) < count:
         raise UserError(f"{path}: {len(classes)} class names for labels up to {count - 1}")
@@ -308,11 +319,15 @@ def read_domains(name, data_dir, seed, test_domain, size, options):
         if own == test_domain:
             test.append(rows)
             continue
-        held = round(HELD_OUT * len(rows))
+        held = max(round(HELD_OUT * len(rows)), min(1, len(rows) - 1))
         rest, held = stratified_split(images.y[rows], held, f"{seed}-{own}", f"{name} {own}: 20 %")
         train.append(rows[rest])
         (val if test_domain else test).append(rows[held])
     parts = [torch.cat(rows) if rows else None for rows in (train, val, test)]
+    if any(p is not None and not len(p) for p in parts):
+        raise UserError(
+            f"{name}: {len(images.y)} images in {data_dir} are too few to hold some out"
+        )
     val, test = (p if p is None else images.subset(p[shuffled(len(p))]) for p in parts[1:])
     return images.subset(parts[0]), val, test, classes
 
