@@ -69,8 +69,10 @@ def processes(world, body):
 TRAINERS = {
     "ct": "--arch resnet8 --norm none --lr 0.02 --lam 1 --epochs 5 --no-baseline "
     "--corrupted-images 11 --teacher-epochs 5",
-    "bn_ablation": "--arch vgg11-4 --norms none --steps 20 --measure-every 10 --log-every 10",
-    "nofrost": "--arch wrn10-1 --norm nf --lr 0.02 --epochs 5 --attack-steps 2 --robust-images 30",
+    "bn_ablation": "--arch vgg11-4 --norms none --lrs 0.1 --steps 20 --measure-every 10 "
+    "--log-every 10",
+    "nofrost": "--arch wrn10-1 --norm nf --lr 0.02 --epochs 5 --attack-steps 2 --robust-images 30 "
+    "--image-size 32 --eps 8",
 }
 IN_FP64 = {
     "ct": "--arch resnet8 --norm gn --lam 1 --epochs 5 --no-baseline --corrupted-images 0 "

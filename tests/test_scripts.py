@@ -2,9 +2,12 @@
 blocks that stay the same."""
 
 import ast
+import difflib
+import re
 import sys
 
 import pytest
+import reading
 
 from common import run
 
@@ -56,3 +59,42 @@ def test_imports(folder):
                 found.add(node.module.split(".")[0])
         others = {"torchattacks", "foolbox"} if path.name == "speed.py" else set()
         assert found - allowed - others <= sys.stdlib_module_names, path.name
+
+
+FRAME = (
+    r"    optimizer = torch\.optim\.SGD\(",
+    r"    loop = run\.Loop\(",
+    r"    for step in loop:",
+    r"        x, y = .*batches\(step\)\n\n",
+    r"\n\n        loop\.backward\(loss\)",
+    r"        loop\.step\(",
+    r"        loop\.log\(",
+    r"\n\n        if loop\.evaluates:",
+    r"            loop\.report\(",
+    r"    return loop\.metrics",
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_frame_of_the_loops(script):
+    """The lines around the method are the same, in the same order, in all four scripts."""
+    train = reading.source_of_train(text(script))
+    place = 0
+    for line in FRAME:
+        found = re.compile(line).search(train, place)
+        assert found, f"{script}: {line!r} is missing, or not in its place"
+        place = found.start() + 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_train_is_short(script):
+    """The lines of train(), which is the reading path; see tests/reading.py."""
+    _, lines, _ = reading.measure(script)
+    assert lines <= reading.BUDGETS[script][1]
+
+
+def test_ct_and_fixup_differ_by_their_method():
+    """At most 40 changed lines inside train()."""
+    a, b = (reading.source_of_train(text(s)).splitlines() for s in ("ct.py", "fixup_penalty.py"))
+    changed = [line for line in difflib.ndiff(a, b) if line[:2] in ("- ", "+ ")]
+    assert len(changed) <= 40

@@ -57,13 +57,13 @@ def train_fixup(out, *options):
 
 
 def train_bn(out, *options):
-    argv = "--arch vgg11-4 --batch-size 32 --steps 9 --norms bn --measure-every 0 --device cpu"
-    argv = [*argv.split(), "--log-every", "9", "--out", str(out), *options]
+    argv = "--arch vgg11-4 --batch-size 32 --steps 9 --norms bn --lrs 0.1 --measure-every 0"
+    argv = [*argv.split(), "--log-every", "9", "--device", "cpu", "--out", str(out), *options]
     return bn_ablation.main(bn_ablation.parse_args(argv))
 
 
 def train_nofrost(out, *options):
-    argv = "--arch wrn10-1 --batch-size 32 --epochs 3 --attack-steps 1 --probe-images 20 "
+    argv = "--norm nf --arch wrn10-1 --batch-size 32 --epochs 3 --attack-steps 1 --probe-images 20 "
     argv += "--robust-images 0 --precision fp32 --device cpu --eval-every 3"
     return nofrost.main(nofrost.parse_args([*argv.split(), "--out", str(out), *options]))
 
