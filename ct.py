@@ -182,11 +182,7 @@ def lr_at(step, total, peak, warmup):
 
 
 def train(stage, model, args, task, rundir, precision, teacher=None):
-    """Train `model` in place on L_cls + lam L_ct. Returns its last metrics.
-
-    stage: "teacher", "baseline" or "student". With --test-domain the model ends with the weights
-    of its least validation error.
-    """
+    """Train `model` in place on L_cls + lam L_ct. Returns its last metrics."""
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
         nesterov=args.momentum > 0, fused=precision.device.type == "cuda",

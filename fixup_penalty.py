@@ -240,9 +240,9 @@ def train(stage, model, args, task, rundir, precision):
     warmup = round(args.warmup * task.batches.per_epoch)
     for step in loop:
         x, y = task.batches(step)
+
         if args.mixup:
             x, y, other, share = mixup(x, y, args.mixup, args.seed, step)
-
         with precision.autocast():
             if args.norm == "bn-aux":
                 models.measure_statistics(model, task.auxiliary(step)[0])
@@ -256,11 +256,8 @@ def train(stage, model, args, task, rundir, precision):
         loop.backward(loss)
         lr = lr_at(step, loop.total, args.lr, warmup, args.schedule)
         loop.step(lr, args.clip)
-        embedding, output = h.detach().square().mean(), logits.detach().square().mean()
-        loop.log(
-            loss=loss_cls, penalty=extra, accuracy=run.accuracy(logits, y),
-            embedding=embedding, logits=output,
-        )  # fmt: skip
+        sizes = {"embedding": h.square().mean(), "logits": logits.square().mean()}
+        loop.log(loss=loss_cls, penalty=extra, accuracy=run.accuracy(logits, y), **sizes)
 
         if loop.evaluates:
             error = run.evaluate(model, task.held_out, precision)["error"]

@@ -63,7 +63,7 @@ FAST = ("ct", "fixup", "nofrost", "bn")
 EXCEPTIONS = {
     "limit": "80 divides evenly among the 10 classes: of another --limit, 64 say, 1616e5b draws "
     "with the seed which classes get one image more, so that other images are trained on.",
-    "bn rows": "65e7960 also logs the loss at the end of an epoch, here every 5 steps, and so takes "
+    "bn rows": "65e7960 also logs the loss at the end of an epoch, here every 5 steps, so it takes "
     "its next mean over fewer steps: the commands have --log-every 5.",
     "two": "written by a58bb73: in 0c909dd ct.py and fixup_penalty.py no longer took their rows of "
     "a batch, so every process trained on all of it, with the bits of one process (2160f8ab for "
