@@ -164,7 +164,8 @@ class Loop:
     # --- after the step -------------------------------------------------------------------------
 
     def _text(self):
-        text = f"epoch {self.done / self.per_epoch:.1f}/{self.total / self.per_epoch:g}"
+        length = f"{self.total / self.per_epoch:.1f}".removesuffix(".0")
+        text = f"epoch {self.done / self.per_epoch:.1f}/{length}"
         units = {
             "loss": "loss {:.3f}",
             "accuracy": "train {:.1f} %",
