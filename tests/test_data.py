@@ -184,7 +184,7 @@ def test_splits_are_stratified_disjoint_and_seeded(tmp_path):
 def test_split_too_large(tmp_path, option):
     npz(tmp_path / "cifar10.npz")
     with pytest.raises(UserError, match="only 60 training images"):
-        data.load("cifar10", tmp_path, **{option: 60})
+        data.load("cifar10", tmp_path, **{option: 60 if option == "val_size" else 61})
 
 
 # --- batches ------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def processes(world, body):
 # them beside the kinks of ReLU, by more than 1e-5 leaves room for in fp32: those two run in fp64.
 TRAINERS = {
     "ct": "--arch resnet8 --norm none --lr 0.02 --lam 1 --epochs 5 --no-baseline "
-    "--corrupted-images 11 --teacher-epochs 5",
+    "--corrupted-images 11 --teacher-epochs 5 --teacher-lr 0.02",
     "bn_ablation": "--arch vgg11-4 --norms none --lrs 0.1 --steps 20 --measure-every 10 "
     "--log-every 10",
     "nofrost": "--arch wrn10-1 --norm nf --lam 0 --lr 0.02 --epochs 5 "
