@@ -183,7 +183,7 @@ def test_splits_are_stratified_disjoint_and_seeded(tmp_path):
 @pytest.mark.parametrize("option", ["val_size", "limit"])
 def test_split_too_large(tmp_path, option):
     npz(tmp_path / "cifar10.npz")
-    with pytest.raises(UserError, match="there are only 60 (training )?images"):
+    with pytest.raises(UserError, match=r"there are only 60 (training )?images"):
         data.load("cifar10", tmp_path, **{option: 60 if option == "val_size" else 61})
 
 
