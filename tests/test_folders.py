@@ -125,6 +125,13 @@ def test_exif_first_frame_and_bomb(tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     image.save(tmp_path / "a.jpg", exif=exif)
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        for name in ("a.png", "a.tiff", "a.webp"):
+            options = {"lossless": True} if name == "a.webp" else {}
+            image.save(tmp_path / name, exif=exif, **options)
+            stored = folders.decode(str(tmp_path / name))
+            assert torch.equal(stored, picture(1, 20, 40)), (name, orientation)
     assert folders.decode(str(tmp_path / "a.jpg")).shape == (3, 20, 40)
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     for name in ("a.gif", "a.webp", "a.tiff", "a.png"):

@@ -211,9 +211,9 @@ def decode(path):
     """uint8 (3,H,W), RGB, of an image file. Raises Unreadable, whatever is wrong with the file.
 
     Pillow decodes, as for torchvision's ImageFolder: its decoders refuse damaged files, where those
-    of torchvision may end the process (vision #3613, #4485). Like there, an orientation in the EXIF
-    data is not applied, transparency is dropped and an animation is its first frame. Grey of more
-    than 8 bits keeps its greys, see `_eight_bits`. A picture of over twice
+    of torchvision may end the process (vision #3613, #4485). Like there, transparency is dropped and
+    an animation is its first frame. An orientation in the EXIF data is not applied, in any format.
+    Grey of more than 8 bits keeps its greys, see `_eight_bits`. A picture of over twice
     PIL.Image.MAX_IMAGE_PIXELS pixels is unreadable.
     """
     from PIL import Image, UnidentifiedImageError
@@ -224,6 +224,7 @@ def decode(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged tags that the picture does not need
             with Image.open(content, formats=FORMATS) as image:
+                image = _as_stored(image)
                 if image.mode.startswith("I") or image.mode == "F":
                     grey = torch.from_numpy(_eight_bits(np.array(image)))
                     return grey.repeat(3, 1, 1)
@@ -237,6 +238,23 @@ def decode(path):
             raise UserError(f"{error.strerror}; raise the limit (ulimit -n)") from None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(reason.splitlines()[0][:100]) from None
+
+
+def _as_stored(image):
+    """The picture of a Pillow image as its file stores it. Pillow turns TIFF files alone by their
+    orientation, which would treat one format unlike the others; this turns them back."""
+    from PIL import Image
+
+    if image.format != "TIFF":
+        return image
+    orientation = image.getexif().get(0x0112)
+    image.load()  # turns the picture
+    turn = Image.Transpose
+    back = {
+        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+        6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270,
+    }  # fmt: skip
+    return image.transpose(back[orientation]) if orientation in back else image
 
 
 def _eight_bits(grey):
