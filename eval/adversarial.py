@@ -522,7 +522,7 @@ def evaluate(args, device, precision, networks, name, images, settings, results)
     """Attack the networks, print the table and write the results."""
     x, y, rows, total = images
     if args.save and results:
-        results.try_folder(Path(args.save).expanduser().parent, "--save")
+        run.try_file(args.save, "--save")
     limit_note = f"{len(y)} of {total}" if len(y) < total else f"all {total}"
     print(
         f"{name} test, {limit_note} images; {args.norm} eps {args.eps:g}/255, seed {args.seed}, "

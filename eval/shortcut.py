@@ -218,6 +218,7 @@ def figure(rows, study, path):
 
 
 def main(args):
+    run.try_file(args.json, "--json")
     rows = read(args.json)
     if not args.draw:
         precision = run.Precision("auto", "cpu")

@@ -362,6 +362,7 @@ def draw_tree(folder, count=256):
 
 
 def main(args):
+    target = run.try_file(args.json, "--json") if args.json else None
     device = run.get_device(args.device)
     torch.set_num_threads(args.threads)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -371,8 +372,8 @@ def main(args):
         "versions": run.versions(), "device": what, "threads": args.threads,
         args.command: args.function(args, device),
     }  # fmt: skip
-    if args.json:
-        run.write_json(Path(args.json), output)
+    if target:
+        run.write_json(target, output)
     return output
 
 

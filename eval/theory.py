@@ -196,9 +196,7 @@ def predict(args):
 
 def main(args):
     """Print both tables; returns what --json writes."""
-    target = Path(args.json) if args.json else None
-    if target and not target.parent.is_dir():
-        raise run.UserError(f"--json {target}: no directory {target.parent}")
+    target = run.try_file(args.json, "--json") if args.json else None
 
     two, rows = [], []
     for ratio in (1, 2, 5, 10, 30, 100):

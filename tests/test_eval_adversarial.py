@@ -575,14 +575,14 @@ def test_a_checkpoint_in_a_folder_that_cannot_be_written(folder, monkeypatch, ca
     here = folder / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    original = run.Results.try_folder
+    original = run.results.try_folder
 
     def read_only(place, option):
         if place.resolve().is_relative_to(folder / "r"):
             raise UserError("cannot write")
         original(place, option)
 
-    monkeypatch.setattr(run.Results, "try_folder", staticmethod(read_only))
+    monkeypatch.setattr(run.results, "try_folder", read_only)
     every = [str(folder / "r" / "last.pt"), "--attacks", "fgsm", "--data-dir", str(folder)]
     script.main(script.parse_args(every))
     assert json.loads((here / "r.last.adversarial.json").read_text())["attacks"] == ["fgsm"]

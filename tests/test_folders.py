@@ -558,3 +558,6 @@ def test_speed_of_the_loader(tree, capsys):
     }  # fmt: skip
     assert all(v > 0 for v in found["images_per_s"].values())
     assert "20 files listed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is a folder"):
+        speed.main(speed.parse_args([*command, "--json", str(tree)]))
+    assert "files listed" not in capsys.readouterr().out

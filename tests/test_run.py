@@ -199,6 +199,15 @@ def test_table():
     assert text.split("\n")[2:] == ["a      1.00   x", "bb    22.25  yy"]
 
 
+def test_a_home_is_expanded_where_no_shell_does_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    parser = run.Parser("a.py", "Doc.")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--out")
+    args = parser.parse_args(["--out=~/run", "~/a", "b~", "c=~/d"])
+    assert args.out == "/home/x/run" and args.files == ["/home/x/a", "b~", "c=~/d"]
+
+
 # --- where it runs --------------------------------------------------------------------------------
 
 

@@ -114,9 +114,11 @@ def test_main_prints_returns_and_writes(tmp_path, capsys):
         ("--low", "4000"),
         ("--sigma-low", "2"),
         ("--rho", "1.5"),
-        ("--json", "nowhere/x.json"),
+        ("--json", "."),
+        ("--json", "/dev/null/x.json"),
     ],
 )
-def test_bad_input(argv):
+def test_bad_input(argv, monkeypatch):
+    monkeypatch.setattr(theory, "two_features_numeric", lambda *a, **k: pytest.fail("work began"))
     with pytest.raises(UserError, match=argv[0]):
         theory.main(options(*argv))

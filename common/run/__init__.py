@@ -66,6 +66,7 @@ from common.run.results import (
     mean_sd,
     row_titles,
     table,
+    try_file,
     weights_digest,
     write_json,
 )
@@ -141,6 +142,7 @@ __all__ = [
     "summed",
     "table",
     "to_float",
+    "try_file",
     "versions",
     "wait",
     "warn_of_chance",

@@ -142,6 +142,14 @@ class Flag(argparse.BooleanOptionalAction):
         self.help = help
 
 
+def home(word):
+    """A word of the command line with a "~" at its start, or at that of its value, expanded.
+
+    A shell expands `--out ~/run` but not `--out=~/run`."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)
+
+
 class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one line, exit status 2. Its help ends with the examples of the
     script's docstring."""
@@ -153,6 +161,10 @@ class Parser(argparse.ArgumentParser):
             epilog="examples:\n  " + "\n  ".join(examples) if examples else None,
             formatter_class=Formatter, allow_abbrev=False,
         )  # fmt: skip
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([home(word) for word in args], namespace)
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists the options)")

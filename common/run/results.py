@@ -40,39 +40,23 @@ class Results:
         self._lock = self._locked()
         self.folder = Path(tensorboard).expanduser() if tensorboard else self.path.parent / kind
         if pictures:
-            self.try_folder(self.folder, "--tensorboard")
+            try_folder(self.folder, "--tensorboard")
         if self.path.is_file() and not overwrite:
             self._compare()
 
     def _place(self, first, path):
         if path:
-            path = Path(path).expanduser()
-            if path.is_dir():
-                raise UserError(f"--json {path} is a folder: name a file, as {path / 'out.json'}")
-            self.try_folder(path.parent, "--json")
-            return path
+            return try_file(path, "--json")
         first = first / "last.pt" if first.is_dir() else first
         beside = first.with_suffix(f".{self.kind}.json")
         try:
-            self.try_folder(beside.parent, "--json")
+            try_folder(beside.parent, "--json")
         except UserError:
             here = Path(f"{first.parent.name}.{beside.name}".lstrip("."))
-            self.try_folder(here.parent, "--json")
+            try_folder(here.parent, "--json")
             print(f"cannot write beside {first}: the results go to {here.resolve()}")
             return here
         return beside
-
-    @staticmethod
-    def try_folder(folder, option):
-        """Make the folder and write in it. Raises UserError naming the option."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"cannot write in {folder}: {error.strerror}; give {option} elsewhere"
-            ) from None
 
     def _locked(self):
         """A locked file, which the kernel releases when the process ends; None on Windows."""
@@ -128,6 +112,28 @@ class Results:
                 os.unlink(self._lock.name)
             self._lock.close()
             self._lock = None
+
+
+def try_folder(folder, option):
+    """Make the folder and write in it. Raises UserError naming the option."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {folder}: {error.strerror}; give {option} elsewhere"
+        ) from None
+
+
+def try_file(path, option):
+    """The Path of a file to be written at the end, after a try that it can be. Raises UserError
+    naming the option, before there is work to lose."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file, as {path / 'out'}")
+    try_folder(path.parent, option)
+    return path
 
 
 def write_json(path, output):
