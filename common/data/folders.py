@@ -211,8 +211,8 @@ def decode(path):
     """uint8 (3,H,W), RGB, of an image file. Raises Unreadable, whatever is wrong with the file.
 
     Pillow decodes, as for torchvision's ImageFolder: its decoders refuse damaged files, where those
-    of torchvision may end the process (vision #3613, #4485). Like there, transparency is dropped and
-    an animation is its first frame. An orientation in the EXIF data is not applied, in any format.
+    of torchvision may end the process (vision #3613, #4485). Like there, transparency is dropped
+    and an animation is its first frame. No format is turned by an orientation in the EXIF data.
     Grey of more than 8 bits keeps its greys, see `_eight_bits`. A picture of over twice
     PIL.Image.MAX_IMAGE_PIXELS pixels is unreadable.
     """
