@@ -1,6 +1,7 @@
 """What makes attacks fast: any kind of network, folding by value, graphs that are kept."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -267,3 +268,31 @@ def test_capture_watches_this_thread_alone(monkeypatch):
     calls = []
     fastnet.record(lambda: calls.append(1))()
     assert options == [{"capture_error_mode": "thread_local"}] and len(calls) == 2
+
+
+def test_a_network_is_looked_at_once(monkeypatch):
+    """Its look is kept while it is as it was; a network that is gone leaves nothing behind."""
+    looks = []
+    look = fastnet.look
+    monkeypatch.setattr(fastnet, "look", lambda *args: looks.append(1) or look(*args))
+    net, x = models.build("resnet8", "dual-bn").eval(), torch.rand(2, 3, 32, 32)
+    gc.collect()
+    before = len(fastnet.SEEN)
+    for _ in range(3):
+        fastnet.probe(net, x[:1])
+    assert len(looks) == 1
+    models.use_statistics(net, "clean")
+    _, plan, _ = fastnet.probe(net, x[:1])
+    assert len(looks) == 2 and all(norm is not None for norm, _ in plan.values())
+    net.fc = torch.nn.Linear(net.fc.in_features, 3)
+    assert fastnet.probe(net, x[:1])[0] == 3 and len(looks) == 3
+    fastnet.probe(net, x[:1, :, :16, :16])
+    assert len(looks) == 4
+    handle = net.fc.register_forward_hook(lambda *args: None)  # who knows what a hook does
+    fastnet.probe(net, x[:1])
+    fastnet.probe(net, x[:1])
+    assert len(looks) == 6
+    handle.remove()
+    del net, plan
+    gc.collect()
+    assert len(fastnet.SEEN) == before

@@ -14,6 +14,7 @@ buffers. No parameter has a new `.grad`.
 
 import contextlib
 import functools
+import weakref
 from collections import Counter, OrderedDict
 
 import torch
@@ -152,19 +153,52 @@ def is_norm(module):
     return isinstance(module, kind) and is_plain(module) and module.running_var is not None
 
 
+# In eval mode these are nn.BatchNorm2d, whatever the numbers in them are.
+AFFINE = nn.BatchNorm2d, nn.SyncBatchNorm, models.BatchNorm, models.NoisyBatchNorm
+
+
 def is_affine(norm, x, out):
     """True where the output `out` is that of nn.BatchNorm2d in eval mode for the input x.
 
-    Subclasses (synchronised, noisy, noise-free) are asked by value: in eval mode most of them do
-    what BatchNorm does.
+    Classes that are not known are asked by value: in eval mode most of them do what BatchNorm does.
+    On a GPU the host waits for the answer.
     """
-    if type(norm) is nn.BatchNorm2d:
+    if type(norm) in AFFINE:
         return True
     statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
     return torch.equal(out, F.batch_norm(x, *statistics, training=False, eps=norm.eps))
 
 
+SEEN = weakref.WeakKeyDictionary()  # network -> (what a look depends on, what it found)
+
+
+def state_of(net):
+    """The modules of a network with the numbers, names and flags that they hold.
+
+    None for a network whose look depends on more: on hooks, on patches, on the values in a norm.
+    """
+    plain = bool, int, float, str, type(None)
+    modules = list(net.modules())
+    if any(not is_plain(m) or (is_norm(m) and type(m) not in AFFINE) for m in modules):
+        return None
+    return [
+        (weakref.ref(m), *(item for item in vars(m).items() if type(item[1]) in plain))
+        for m in modules
+    ]
+
+
 def probe(net, x):
+    """What `look` finds, from the memory where network and kind of image are as they were."""
+    state = state_of(net)
+    if state is None:
+        return look(net, x)
+    key = x.shape[1:], x.dtype, x.device, state
+    if net not in SEEN or SEEN[net][0] != key:
+        SEEN[net] = key, look(net, x)
+    return SEEN[net][1]
+
+
+def look(net, x):
     """Run one image x (1,...) and look at it. Returns (classes, plan, layout).
 
     plan: {conv: (norm, layout)} for the plain convolutions called once. `norm` is the BatchNorm

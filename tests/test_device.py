@@ -1,0 +1,163 @@
+"""Scripts on a pretended GPU (fake_cuda.py): every tensor is on the device, no step waits for it.
+
+A training runs with 4 and with 8 steps. What it waits for outside of its steps is the same in both,
+so what the longer one waits for in addition is what 4 steps wait for.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+ALL = ["--device", "cuda", "--batch-size", "16", "--log-every", "1000"]
+EPOCH = [*ALL, "--epochs", "1"]
+CT = ["ct.py", "--dataset", "shapes", *EPOCH, "--corrupted-images", "0", "--val-size", "20",
+      "--teacher-epochs", "1"]  # fmt: skip
+NOFROST = ["nofrost.py", *EPOCH, "--robust-images", "0", "--probe-images", "4",
+           "--attack-steps", "2"]  # fmt: skip
+FIXUP = ["fixup_penalty.py", *EPOCH, "--corrupted-images", "0"]
+BN = ["bn_ablation.py", *ALL, "--arch", "vgg16-4", "--measure-every", "0", "--eval-every", "1000",
+      "--limit", "200"]  # fmt: skip
+slow = pytest.mark.slow
+LENGTHS = {"bn_ablation.py": ("--steps", 4, 8)}  # elsewhere the images of one epoch
+CASES = [
+    [*CT, "--no-baseline"],
+    [*NOFROST, "--norms", "nf,dual-bn"],
+    [*FIXUP, "--variants", "fixup+penalty,bn-aux", "--aux-batch", "32"],
+    pytest.param([*CT, "--no-baseline", "--precision", "fp32", "--distance", "kl"], marks=slow),
+    pytest.param([*CT, "--lam", "0", "--precision", "fp16"], marks=slow),
+    pytest.param([*CT, "--lam", "0", "--norm", "gn"], marks=slow),
+    pytest.param([*NOFROST, "--norms", "nf", "--precision", "fp16"], marks=slow),
+    pytest.param([*NOFROST, "--norms", "bn", "--attack-norm", "l2", "--agc", "0.1"], marks=slow),
+    pytest.param([*NOFROST, "--norms", "nf", "--streams", "clean,tda,adv"], marks=slow),
+    pytest.param([*NOFROST, "--norms", "none", "--loss", "trades"], marks=slow),
+    pytest.param([*NOFROST, "--norms", "bn", "--precision", "fp32", "--attack-mode", "train",
+                  "--capture"], marks=slow),
+    pytest.param([*FIXUP, "--variants", "none,noise+dropout", "--mixup", "0.2"], marks=slow),
+    pytest.param([*FIXUP, "--variants", "fixup", "--precision", "fp16"], marks=slow),
+    pytest.param([*FIXUP, "--variants", "bn-population", "--precision", "fp32"], marks=slow),
+    pytest.param([*BN, "--norms", "none,bn,noisy-bn,l1"], marks=slow),
+    pytest.param([*BN, "--norms", "bn", "--precision", "fp32"], marks=slow),
+]  # fmt: skip
+
+
+def run_pretended(tmp_path, *commands):
+    """Run scripts on the pretended GPU in one process; (finished process, their reports)."""
+    report = tmp_path / "report.json"
+    words = [str(word) for command in commands for word in ("--", *command)][1:]
+    process = subprocess.run(
+        [sys.executable, str(HERE / "fake_cuda.py"), str(report), *words],
+        capture_output=True,
+        text=True,
+    )
+    return process, json.loads(report.read_text()) if report.exists() else None
+
+
+def waits_of_steps(tmp_path, script, *options):
+    """{(what, where): waits of the host in 4 steps} of a training."""
+    option, *lengths = LENGTHS.get(script.split("/")[-1], ("--limit", 64, 128))
+    commands = [
+        [script, *options, option, length, "--out", tmp_path / str(length)] for length in lengths
+    ]
+    process, reports = run_pretended(tmp_path, *commands)
+    assert process.returncode == 0, process.stderr[-3000:]
+    short, long = (Counter({(a, b): n for a, b, n in report["waits"]}) for report in reports)
+    assert reports[1]["kernels"] > reports[0]["kernels"] + 100  # there were more steps
+    return long - short
+
+
+def shown(waits):
+    return "\n".join(f"{n / 4:g} a step: {what}, {where}" for (what, where), n in waits.items())
+
+
+def named(command):
+    return " ".join(word for word in command if word not in EPOCH).replace("/", "")
+
+
+@pytest.mark.parametrize("command", CASES, ids=named)
+def test_no_step_waits_for_the_device(tmp_path, command):
+    waits = waits_of_steps(tmp_path, *command)
+    assert not waits, shown(waits)
+
+
+# --- defects planted on purpose -------------------------------------------------------------------
+
+
+def planted(tmp_path, old, new):
+    """A copy of ct.py with `old` replaced by `new`."""
+    text = (ROOT / "ct.py").read_text()
+    assert text.count(old) == 1
+    script = tmp_path / "planted.py"
+    script.write_text(text.replace(old, new))
+    return str(script)
+
+
+def test_a_wait_in_a_step_is_caught(tmp_path):
+    script = planted(
+        tmp_path, "        loop.backward(loss)", "        loss.item()\n        loop.backward(loss)"
+    )
+    process, (report,) = run_pretended(
+        tmp_path, [script, *CT[1:], "--lam", "0", "--limit", "64", "--out", tmp_path / "run"]
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = [(where, count) for what, where, count in report["waits"] if what == "item"]
+    assert [count for where, count in found if where.startswith("planted.py")] == [4]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("F.cross_entropy(logits, y)\n", "F.cross_entropy(logits, y.cpu())\n", "same device"),
+        pytest.param("x, y = task.batches(step)\n", "x, y = task.batches(step)\n"
+                     "        torch.rand(2, generator=run.generator(1), device=x.device)\n",
+                     "generator", marks=slow),
+        pytest.param("x, y = task.batches(step)\n", "x, y = task.batches(step)\n"
+                     "        x.numpy()\n", "numpy", marks=slow),
+        pytest.param("x, y = task.batches(step)\n", "x, y = task.batches(step)\n"
+                     "        torch.zeros(9)[y]\n", "indices on cuda", marks=slow),
+    ],
+)  # fmt: skip
+def test_mixed_devices_are_refused(tmp_path, old, new, message):
+    script = planted(tmp_path, old, new)
+    process, _ = run_pretended(
+        tmp_path, [script, *CT[1:], "--lam", "0", "--limit", "64", "--out", tmp_path / "run"]
+    )
+    assert process.returncode and message in process.stderr
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run directory of a network that has learnt a little, trained on the CPU."""
+    folder = tmp_path_factory.mktemp("device") / "run"
+    command = ["ct.py", "--arch", "wrn10-1", "--lam", "0", "--corrupted-images", "0", "--limit",
+               "2000", "--batch-size", "50", "--epochs", "3", "--device", "cpu"]  # fmt: skip
+    subprocess.run(
+        [sys.executable, *command, "--out", str(folder)], check=True, cwd=ROOT, capture_output=True
+    )
+    return folder
+
+
+EVALUATIONS = {
+    "adversarial": [["--limit", "20", "--attacks", "pgd-2,apgd-ce-2,apgd-t-1,fab-t-1,square-5",
+                     "--batch-size", "10"], "AutoAttack"],
+    "corruptions": [["--limit", "20"], "mean"],
+    "smoothness": [["--limit", "64"], "beta"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_reach_their_tables(tmp_path, trained, name):
+    """The attack's images stay in the ball that the CPU measures: 255 divides as there."""
+    options, word = EVALUATIONS[name]
+    process, _ = run_pretended(tmp_path, [f"eval/{name}.py", trained, "--device", "cuda", *options])
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert word in process.stdout
