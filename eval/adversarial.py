@@ -12,6 +12,7 @@ steps from each of 10 starts. Each attacks every image that the network classifi
 
 standard  AutoAttack: apgd-ce, apgd-t, fab-t and square, each on what the one before left standing
           (apgd-t needs 4 classes). A line tells how many images each of them alone took.
+apgd      the first two of these: apgd-ce, then apgd-t on what it left standing.
 fast      apgd-ce, then apgd-malt: APGD towards the 5 classes that a linear network would reach
           first. It is not AutoAttack, and the table says so.
 sweep     pgd-20, pgd-50 and pgd-100, all with the step of pgd-20. By itself pgd-100 takes a fifth
@@ -52,8 +53,8 @@ def parse_args(argv=None):
     parser.add_argument("--data-dir", default="data", help="folder of the data sets")
     parser.add_argument(
         "--attacks", type=attack_names, default="standard", metavar="A,B",
-        help=f"standard, fast, sweep, {', '.join(attacks.STEPS)}; steps as in pgd-20, restarts as "
-        "in pgd-50-10",
+        help=f"standard, apgd, fast, sweep, {', '.join(attacks.STEPS)}; steps as in pgd-20, "
+        "restarts as in pgd-50-10",
     )  # fmt: skip
     parser.add_argument(
         "--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbation"
@@ -117,7 +118,10 @@ def shares(text):
 def attack_names(text):
     """[(title, name, whether the attack gets only what the one before left)] of --attacks."""
     plan = []
-    series = {"standard": ("AutoAttack", attacks.STANDARD), "fast": ("fast", attacks.FAST)}
+    series = {
+        "standard": ("AutoAttack", attacks.STANDARD), "apgd": ("apgd", attacks.STANDARD[:2]),
+        "fast": ("fast", attacks.FAST),
+    }  # fmt: skip
     for name in text.split(","):
         if name in series:
             title, parts = series[name]

@@ -419,6 +419,18 @@ def test_fast_says_what_it_is(folder, capsys):
     assert f"(took {first['took']} of 14 images" in text and "backward" in text
 
 
+def test_apgd_is_the_beginning_of_autoattack(folder):
+    """apgd-t gets what apgd-ce left standing."""
+    short = evaluate(folder, "--attacks", "apgd", "--eps", "0.3")
+    assert short["attacks"] == ["apgd: apgd-ce", "apgd: apgd-t", "worst of all"]
+    first, second = (short["checkpoints"][0]["runs"][row] for row in short["attacks"][:2])
+    assert second["attacked"] == first["attacked"] - first["took"]
+    assert second["attacked"] > 0 and first["attacked"] == 14
+    assert short["checkpoints"][0]["accuracy"]["worst of all"] == 100 * (
+        (second["attacked"] - second["took"]) / 16
+    )
+
+
 def test_restarts_in_the_table(folder):
     result = evaluate(folder, "--attacks", "pgd-2-3,pgd-t-2", "--eps", "0.3")
     runs = result["checkpoints"][0]["runs"]

@@ -1,0 +1,505 @@
+"""The headline tables: one command trains and evaluates what is missing, and prints the table.
+
+    python eval/headline.py                                  # the tables and their state
+    python eval/headline.py question --dry-run               # its commands, checked
+    python eval/headline.py question --jobs 2                # what is missing, then the table
+    python eval/headline.py question --seeds 1 --rows BatchNorm,CT
+
+A table is data: eval/headline_tables.py holds the commands, and says where each number stands.
+Trainings lie in <runs>/<scale>/<name>-s<seed>, and tables share them. A stopped command goes on
+where it stopped when it is given again. A training that fails or diverges makes a row that says
+so. The next call tries it again.
+
+Every job has one thread; --jobs says how many run side by side. Cells are mean +- sample standard
+deviation over n seeds. A column that a paper reports stands twice, "paper" and "here". The results
+go to <out>/headline_<table>_<scale>.json, .md and, where the table has a figure, .svg.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import data, run
+from eval import headline_tables
+
+TOLD_TO_STOP = 75  # exit status of a training that left after a signal
+POLL = 0.2  # seconds between two looks at the running jobs
+NAME = re.compile(r"\{([\w+-]+)\}")
+
+
+def parse_args(argv=None):
+    parser = run.Parser(__file__, __doc__)
+    parser.add_argument("table", nargs="?", help="its name (default: list the tables)")
+    parser.add_argument(
+        "--scale", default="small", choices=["small", "full"],
+        help="small: two CPU cores; full: the paper's size",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=run.positive(int), default=1, help="trainings and evaluations side by side"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print and check the commands that are missing"
+    )
+    parser.add_argument("--runs", default="runs/headline", help="folder of the trainings")
+    parser.add_argument("--out", help="folder of the results (default: eval/results)")
+    parser.add_argument("--data-dir", default="data", help="folder of the data sets")
+    parser.add_argument(
+        "--seeds", type=run.positive(int), help="number of seeds, from 0 on (default: the table's)"
+    )
+    parser.add_argument(
+        "--rows", type=run.listed(str), metavar="A,B", help="only these rows (default: all)"
+    )
+    parser.add_argument(
+        "--evaluations", type=run.listed(str), metavar="A,B",
+        help="only these evaluations, by name (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus", type=run.positive(int), default=1,
+        help="processes of a training; above 1 torchrun starts them",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.table is not None and args.table not in headline_tables.TABLES:
+        known = ", ".join(headline_tables.TABLES)
+        raise run.UserError(f"{args.table}: no such table; there are {known}")
+    args.out = Path(args.out) if args.out else run.ROOT / "eval" / "results"
+    args.runs = Path(args.runs).expanduser().resolve()
+    args.data_dir = str(Path(args.data_dir).expanduser().resolve())
+    return args
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One command. It is done when `finished` finds its result."""
+
+    key: str  # "bn-s0", or "bn-s0 corruptions"
+    words: list  # the script and its arguments
+    product: Path  # the run directory of a training, the JSON file of an evaluation
+    needs: tuple  # keys of the trainings that it reads
+    trains: bool
+    seed: int
+
+
+def run_folder(args, name, seed):
+    return args.runs / args.scale / f"{name}-s{seed}"
+
+
+def filled(command, args, seed, own):
+    """The command's words with the names in braces filled in, and the trainings that they name."""
+    needs = []
+
+    def replace(match):
+        name = match[1]
+        if name in own:
+            return str(own[name])
+        needs.append(f"{name}-s{seed}")
+        return str(run_folder(args, name, seed))
+
+    return [NAME.sub(replace, word) for word in shlex.split(command)], tuple(needs)
+
+
+def training(args, scale, name, seed):
+    folder = run_folder(args, name, seed)
+    words, needs = filled(scale.runs[name], args, seed, {"run": folder, "seed": seed})
+    words += ["--seed", str(seed), "--data-dir", args.data_dir]
+    words += ["--out", str(folder), "--resume", "auto"]
+    return Job(f"{name}-s{seed}", words, folder, needs, True, seed)
+
+
+def result_file(args, row, name, seed):
+    folder = run_folder(args, row.run, seed)
+    return folder / f"{Path(row.file).stem}.{name}.json"
+
+
+def evaluation(args, scale, row, name, seed):
+    folder = run_folder(args, row.run, seed)
+    own = {"network": folder / row.file, "run": folder, "seed": seed}
+    words, needs = filled(scale.evaluations[name], args, seed, own)
+    product = result_file(args, row, name, seed)
+    words += ["--data-dir", args.data_dir, "--json", str(product)]
+    key = f"{row.run}-s{seed} {Path(row.file).stem} {name}"
+    return Job(key, words, product, (f"{row.run}-s{seed}", *needs), False, seed)
+
+
+def all_jobs(args, scale, rows, seeds):
+    """{key: Job} of rows and seeds. A training stands after those that it needs and before its
+    evaluations."""
+    jobs = {}
+
+    def add_training(name, seed):
+        job = training(args, scale, name, seed)
+        for need in job.needs:
+            if need not in jobs:
+                add_training(need.removesuffix(f"-s{seed}"), seed)
+        jobs.setdefault(job.key, job)
+
+    for seed in range(seeds):
+        for row in rows:
+            add_training(row.run, seed)
+            for name in args.evaluations or scale.evaluations:
+                job = evaluation(args, scale, row, name, seed)
+                jobs.setdefault(job.key, job)
+    return jobs
+
+
+def read_json(path):
+    """The content of a JSON file, None where it is not there or not whole."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return None
+
+
+def final_numbers(folder):
+    """The final numbers of a training, None as long as it has none."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        ends = [line for line in map(json.loads, lines) if line.get("event") == "end"]
+        return ends[-1] if ends else None
+    return None
+
+
+def finished(job):
+    if job.trains:
+        return final_numbers(job.product) is not None
+    return read_json(job.product) is not None
+
+
+def mark(job):
+    """The file that says why a job failed."""
+    return job.product.with_name(f"{job.product.name}.failed")
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def start(job, args):
+    """Start the process of a job. Its output goes to a log beside its product."""
+    mark(job).unlink(missing_ok=True)
+    words = list(job.words)
+    job.product.parent.mkdir(parents=True, exist_ok=True)
+    if "adversarial.py" in words[0] and Path(f"{job.product}.state").is_dir():
+        words.append("--resume")
+    launcher = [sys.executable]
+    if job.trains and args.gpus > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(args.gpus)]
+    words[0] = str(run.ROOT / words[0])
+    with open(f"{job.product}.log", "a") as log:
+        return subprocess.Popen(
+            [*launcher, *words], stdout=log, stderr=log, cwd=run.ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+
+
+def reason_of(job, status):
+    """Why a job failed: the last line of its log."""
+    lines = Path(f"{job.product}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
+
+
+class Stopped(Exception):
+    """A job was told to stop, or this command was."""
+
+
+def execute(jobs, args):
+    """Run the jobs that are not finished. Returns {key: reason} of those that failed."""
+    failed, running = {}, {}
+    todo = {key: job for key, job in jobs.items() if not finished(job)}
+    total, began = len(todo), time.monotonic()
+    try:
+        while todo or running:
+            for key, job in list(todo.items()):
+                broken = next((need for need in job.needs if need in failed), None)
+                if broken:
+                    del todo[key]
+                    fail(job, f"needs {broken}, which failed", failed)
+                elif len(running) < args.jobs and not waits(job, todo, running):
+                    del todo[key]
+                    clock = run.clock(time.monotonic() - began)
+                    print(f"{clock}  {total - len(todo)} of {total}  {key}", flush=True)
+                    running[key] = job, start(job, args)
+            for key, (job, process) in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[key]
+                if status == TOLD_TO_STOP or status < 0:
+                    raise Stopped(f"{key} was stopped")
+                if status or not finished(job):
+                    fail(job, reason_of(job, status), failed)
+            time.sleep(POLL)
+    finally:
+        for _, process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)  # a training saves and leaves
+        for _, process in running.values():
+            process.wait()
+    return failed
+
+
+def waits(job, todo, running):
+    return any(need in todo or need in running for need in job.needs)
+
+
+def fail(job, reason, failed):
+    failed[job.key] = reason
+    print(f"failed: {job.key}: {reason}", flush=True)
+    mark(job).parent.mkdir(parents=True, exist_ok=True)
+    mark(job).write_text(reason + "\n")
+
+
+# --- dry run --------------------------------------------------------------------------------------
+
+
+def script_of(words):
+    """The module of a command's script."""
+    path = run.ROOT / words[0]
+    spec = importlib.util.spec_from_file_location(f"headline_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(job):
+    """Parse a command's options with its script's own parser; returns them.
+
+    Raises UserError for an option that the script does not know."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return script_of(job.words).parse_args(job.words[1:])
+    except run.UserError as error:
+        raise run.UserError(f"{job.key}: {error}") from None
+
+
+def dry_run(jobs, scale, args):
+    """Print the commands that are missing, after a check of each."""
+    todo = [job for job in jobs.values() if not finished(job)]
+    for job in todo:
+        check(job)
+        print(f"python {shlex.join(job.words)}")
+    missing = missing_data(scale.dataset, args.data_dir)
+    print(f"{len(todo)} of {len(jobs)} commands are missing; their options are known")
+    print(f"data set {scale.dataset}: {missing or 'there'}")
+    return todo
+
+
+def missing_data(name, data_dir):
+    """What keeps a data set from being read, or None."""
+    try:
+        data.load(name, data_dir, seed=0)
+    except run.UserError as error:
+        return str(error)
+    return None
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def number(args, row, path, seed):
+    """The number of a column for a row and a seed, None where it is not there."""
+    source, *keys = [key.format(stage=row.stage) for key in path]
+    if source == "run":
+        content = final_numbers(run_folder(args, row.run, seed))
+    else:
+        content = read_json(result_file(args, row, source, seed))
+        content = content and content.get("checkpoints", [content])[0]
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def failure(args, scale, row, seed):
+    """Why a row has no numbers for a seed, or None."""
+    jobs = [training(args, scale, row.run, seed)]
+    jobs += [evaluation(args, scale, row, name, seed) for name in scale.evaluations]
+    for job in jobs:
+        if mark(job).is_file() and not finished(job):
+            return mark(job).read_text().strip()
+    return None
+
+
+def collect(args, name, table, rows, seeds):
+    """What the JSON file holds: the numbers of every row, column and seed, and the commands."""
+    scale = table.scales[args.scale]
+    found = []
+    for row in rows:
+        numbers = {}
+        failures = {}
+        for seed in range(seeds):
+            values = {c: number(args, row, path, seed) for c, path in scale.columns.items()}
+            if any(v is not None for v in values.values()):
+                numbers[str(seed)] = values
+            reason = failure(args, scale, row, seed)
+            if reason:
+                failures[str(seed)] = reason
+        found.append(
+            {
+                "row": row.title, "command": f"python {scale.runs[row.run]}",
+                "paper": row.paper or {}, "seeds": numbers, "failed": failures,
+            }
+        )  # fmt: skip
+    return {
+        "table": name, "title": table.title, "scale": args.scale, "size": scale.size,
+        "paper": table.paper, "note": table.note, "dataset": scale.dataset,
+        "columns": list(scale.columns), "chart": list(scale.chart),
+        "evaluations": scale.evaluations, "versions": run.versions(), "rows": found,
+    }  # fmt: skip
+
+
+def values_of(row, column):
+    """The numbers of a row of the JSON in a column, over the seeds that have one."""
+    values = (numbers.get(column) for numbers in row["seeds"].values())
+    return [v for v in values if v is not None]
+
+
+def lines_of(content):
+    """(rows, header) of the table of a results file. A reported column stands twice."""
+    reported = {c for row in content["rows"] for c in row["paper"]}
+    header = ["network"]
+    for column in content["columns"]:
+        header += [f"{column}, paper", f"{column}, here"] if column in reported else [column]
+    lines = []
+    for row in content["rows"]:
+        line = [row["row"]]
+        for column in content["columns"]:
+            values = values_of(row, column)
+            paper = row["paper"].get(column, "-")
+            if column in reported:
+                line.append(f"{paper:g}" if isinstance(paper, (int, float)) else paper)
+            line.append(run.mean_sd(values))
+        state = [f"failed (seed {seed}): {why}" for seed, why in row["failed"].items()]
+        lines.append([*line, len(row["seeds"]), "; ".join(state)])
+    header += ["n", ""]
+    if not any(line[-1] for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    return lines, header
+
+
+def caption(content):
+    """The sentences below a table."""
+    text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
+    text += "deviation over n seeds."
+    for extra in (content["note"], content["paper"] and f"Paper: {content['paper']}."):
+        text += f" {extra}" if extra else ""
+    return text
+
+
+def markdown(content):
+    """The table of a results file as the READMEs show it."""
+    lines, header = lines_of(content)
+    return f"{run.format_table(lines, header, 'markdown')}\n\n{caption(content)}\n"
+
+
+def draw(content, path):
+    """Write the figure of a results file where it has one; returns whether it has."""
+    if not content["chart"]:
+        return False
+    points = {}
+    for row in content["rows"]:
+        point = []
+        for column in content["chart"]:
+            values = values_of(row, column)
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                point += [statistics.mean(values), deviation]
+        if len(point) == 4:
+            points[row["row"]] = tuple(point)
+    if points:
+        run.scatter_chart(path, content["title"], points, *content["chart"])
+    return bool(points)
+
+
+def publish(content, args):
+    """Write JSON, Markdown and SVG; returns the path of the JSON."""
+    path = args.out / f"headline_{content['table']}_{content['scale']}.json"
+    run.write_json(path, content)
+    path.with_suffix(".md").write_text(markdown(content))
+    draw(content, path.with_suffix(".svg"))
+    return path
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def state_of(args, name, table):
+    """(words, minutes) of a table at the scale asked for."""
+    scale = table.scales[args.scale]
+    seeds = args.seeds or scale.seeds
+    runs = {(row.run, seed) for row in scale.rows for seed in range(seeds)}
+    done = sum(final_numbers(run_folder(args, r, seed)) is not None for r, seed in runs)
+    published = read_json(args.out / f"headline_{name}_{args.scale}.json")
+    words = "not begun"
+    if done:
+        words = "done" if done == len(runs) else f"{done} of {len(runs)} runs"
+    elif published:
+        count = sum(len(row["seeds"]) for row in published["rows"])
+        words = f"published: {count} of {len(scale.rows) * seeds} rows x seeds"
+    hours = scale.minutes * seeds / 60
+    return words, f"{hours:.1f} h of {scale.machine}"
+
+
+def list_tables(args):
+    """Print every table with its paper, its scales, their state and their time."""
+    rows = []
+    for name, table in headline_tables.TABLES.items():
+        for scale in table.scales:
+            words, hours = state_of(run.changed(args, scale=scale), name, table)
+            rows.append([name, scale, words, hours, table.title])
+    print(run.table(rows, ["table", "scale", "state", "time", "what"]))
+    print("\npython eval/headline.py TABLE runs what is missing and prints the table.")
+    return rows
+
+
+def chosen_rows(args, scale):
+    titles = [row.title for row in scale.rows]
+    for title in args.rows or ():
+        if title not in titles:
+            raise run.UserError(f"--rows: no {title}; there are {', '.join(titles)}")
+    return [row for row in scale.rows if not args.rows or row.title in args.rows]
+
+
+def main(args):
+    if args.table is None:
+        return list_tables(args)
+    table = headline_tables.TABLES[args.table]
+    if args.scale not in table.scales:
+        raise run.UserError(f"{args.table} has no {args.scale} scale: {', '.join(table.scales)}")
+    scale = table.scales[args.scale]
+    for name in args.evaluations or ():
+        if name not in scale.evaluations:
+            raise run.UserError(f"--evaluations: {name} is none of {', '.join(scale.evaluations)}")
+    rows, seeds = chosen_rows(args, scale), args.seeds or scale.seeds
+    jobs = all_jobs(args, scale, rows, seeds)
+    if args.dry_run:
+        return dry_run(jobs, scale, args)
+    stopped = None
+    try:
+        execute(jobs, args)
+    except (Stopped, KeyboardInterrupt, SystemExit) as error:
+        stopped = str(error) or "interrupted"
+    content = collect(args, args.table, table, scale.rows, max(seeds, scale.seeds))
+    if not any(row["seeds"] or row["failed"] for row in content["rows"]):
+        raise run.UserError(f"{args.table}: nothing is finished yet; the same command goes on")
+    path = publish(content, args)
+    lines, header = lines_of(content)
+    print(f"\n{run.table(lines, header)}\n{caption(content)}\nwritten: {path}")
+    if stopped:
+        raise run.UserError(f"stopped ({stopped}); the same command goes on")
+    return content
+
+
+if __name__ == "__main__":
+    run.cli(main, parse_args)

@@ -1,0 +1,190 @@
+"""eval/headline.py: every command parses, rows that fail say so, and a stopped table goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common import data, run
+from eval import headline, headline_tables
+from eval.headline_tables import Row, Scale, Table
+
+SCALES = [(name, scale) for name, t in headline_tables.TABLES.items() for scale in t.scales]
+# Stands for a training: it needs a file, may fail, and leaves what a training leaves.
+FAKE = """
+import json, sys, time
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = Path(options["--out"])
+out.mkdir(parents=True, exist_ok=True)
+with open(out / "starts", "a") as file:
+    file.write("x")
+if "--wait" in options and not (out / "go").exists():
+    (out / "waits").touch()
+    time.sleep(60)
+if "--fail" in options and options["--fail"] in (options["--seed"], "all"):
+    sys.exit("error: loss nan at step 7: stopped")
+if "--teacher" in options and not Path(options["--teacher"]).exists():
+    sys.exit("error: no teacher")
+(out / "last.pt").touch()
+value = float(options.get("--value", 0)) + int(options["--seed"])
+with open(out / "log.jsonl", "a") as file:
+    file.write(json.dumps({"event": "start"}) + "\\n")
+    file.write(json.dumps({"event": "end", "error/net": value}) + "\\n")
+"""
+FAKE_EVALUATION = """
+import json, sys
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+entry = {"clean": {"error": len(sys.argv[1].split("/"))}}
+open(options["--json"], "w").write(json.dumps({"checkpoints": [entry]}))
+"""
+
+
+def words_of(name, scale, tmp_path):
+    """The arguments of `headline.py` for a table, with places of the test's own."""
+    return [name, "--scale", scale, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+
+
+def jobs_of(name, scale, tmp_path, seeds=1):
+    args = headline.parse_args(words_of(name, scale, tmp_path))
+    table = headline_tables.TABLES[name].scales[scale]
+    return args, table, headline.all_jobs(args, table, table.rows, seeds)
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALES)
+def test_every_command_parses(name, scale, tmp_path):
+    _, table, jobs = jobs_of(name, scale, tmp_path)
+    trained = {str(job.product) for job in jobs.values() if job.trains}
+    for job in jobs.values():
+        options = vars(headline.check(job))
+        assert all(need in jobs for need in job.needs), job.key
+        if job.trains:
+            assert options["dataset"] == table.dataset and options["dataset"] in data.NAMES
+            assert options["seed"] == 0 and options["out"] in trained
+        else:
+            assert any(folder in " ".join(job.words) for folder in trained), job.key
+            assert options["json"] == str(job.product)
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALES)
+def test_columns_and_papers_belong_to_the_table(name, scale):
+    table = headline_tables.TABLES[name].scales[scale]
+    sources = {path[0] for path in table.columns.values()}
+    assert sources <= {"run", *table.evaluations}
+    assert set(table.chart) <= set(table.columns)
+    for row in table.rows:
+        assert row.run in table.runs
+        assert set(row.paper or {}) <= set(table.columns)
+    assert len({row.title for row in table.rows}) == len(table.rows)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A table "fake" of the two scripts above, and a function that gives it other trainings."""
+    (tmp_path / "train.py").write_text(FAKE)
+    (tmp_path / "evaluate.py").write_text(FAKE_EVALUATION)
+
+    def make(runs, rows, chart=("error", "clean")):
+        runs = {name: f"{tmp_path}/train.py {options}" for name, options in runs.items()}
+        evaluations = {"files": f"{tmp_path}/evaluate.py {{network}}"}
+        columns = {"error": ("run", "error/{stage}"), "clean": ("files", "clean", "error")}
+        scale = Scale("made up", "shapes", 2, 1, "a core", runs, evaluations, columns, rows, chart)
+        table = Table("A title", "a source", {"small": scale})
+        monkeypatch.setattr(headline_tables, "TABLES", {"fake": table})
+        return words_of("fake", "small", tmp_path)
+
+    return make
+
+
+def test_runs_what_is_missing_and_writes_the_table(fake, tmp_path, capsys):
+    rows = (Row("student", "b", "net"), Row("teacher", "a", "net", paper={"error": 12.5}))
+    line = fake({"a": "--value 10", "b": "--value 20 --teacher {a}/last.pt"}, rows)
+    content = headline.main(headline.parse_args([*line, "--jobs", "2"]))
+    assert [row["row"] for row in content["rows"]] == ["student", "teacher"]
+    out = capsys.readouterr().out
+    header = next(text for text in out.splitlines() if text.startswith("network"))
+    assert header.split("  ")[-1] == "n" and "error, paper" in header and "error, here" in header
+    assert "12.5" in out and "10.50 +- 0.71" in out and "20.50 +- 0.71" in out
+    for end in ("json", "md", "svg"):
+        assert (tmp_path / f"headline_fake_small.{end}").is_file()
+    assert "| teacher | 12.5 | 10.50 +- 0.71 |" in (tmp_path / "headline_fake_small.md").read_text()
+    headline.main(headline.parse_args(line))
+    assert (tmp_path / "runs" / "small" / "a-s0" / "starts").read_text() == "x"
+    assert headline.main(headline.parse_args(["--runs", str(tmp_path / "runs")]))[0][2] == "done"
+
+
+def test_a_failed_training_is_a_row_that_says_so(fake, tmp_path, capsys):
+    rows = (Row("good", "g", "net"), Row("bad", "a", "net"), Row("student", "b", "net"))
+    runs = {"g": "--value 1", "a": "--fail 1 --value 5", "b": "--teacher {a}/last.pt"}
+    content = headline.main(headline.parse_args(fake(runs, rows)))
+    good, bad, student = content["rows"]
+    assert good["failed"] == {} and len(good["seeds"]) == 2
+    assert bad["failed"] == {"1": "loss nan at step 7: stopped"} and list(bad["seeds"]) == ["0"]
+    assert student["failed"] == {"1": "needs a-s1, which failed"}
+    assert "failed (seed 1): loss nan" in capsys.readouterr().out
+    runs["a"] = "--value 5"  # the reason is gone: the next call has no failure left
+    content = headline.main(headline.parse_args(fake(runs, rows)))
+    assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
+
+
+def test_nothing_but_failures_still_makes_a_table(fake):
+    content = headline.main(headline.parse_args(fake({"a": "--fail all"}, (Row("a", "a", "net"),))))
+    assert content["rows"][0]["seeds"] == {} and set(content["rows"][0]["failed"]) == {"0", "1"}
+
+
+def test_a_stopped_table_goes_on(fake, tmp_path, monkeypatch):
+    rows = (Row("first", "a", "net"), Row("second", "b", "net"))
+    line = fake({"a": "--value 1", "b": "--wait yes"}, rows)
+    lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(run.ROOT)!r})",
+        "from common import run",
+        "from eval import headline, headline_tables as tables",
+        f"scale = tables.{headline_tables.TABLES['fake'].scales['small']!r}"
+        .replace("Scale(", "tables.Scale(", 1).replace("Row(", "tables.Row("),
+        "tables.TABLES = {'fake': tables.Table('t', 'p', {'small': scale})}",
+        "run.cli(headline.main, headline.parse_args)",
+    ]  # fmt: skip
+    (tmp_path / "start.py").write_text("\n".join(lines).replace("tables.tables.", "tables."))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "start.py"), *line])
+    waiting = tmp_path / "runs" / "small" / "b-s0"
+    deadline = time.monotonic() + 60
+    while not (waiting / "waits").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 2
+    content = json.loads((tmp_path / "headline_fake_small.json").read_text())
+    assert list(content["rows"][0]["seeds"]) == ["0"] and content["rows"][1]["seeds"] == {}
+    for seed in (0, 1):
+        (tmp_path / "runs" / "small" / f"b-s{seed}").mkdir(exist_ok=True)
+        (tmp_path / "runs" / "small" / f"b-s{seed}" / "go").touch()
+    content = headline.main(headline.parse_args(line))
+    assert [len(row["seeds"]) for row in content["rows"]] == [2, 2]
+    assert (tmp_path / "runs" / "small" / "a-s0" / "starts").read_text() == "x"
+    assert (waiting / "starts").read_text() == "xx"
+
+
+def test_dry_run_starts_nothing(tmp_path, capsys):
+    line = [*words_of("question", "small", tmp_path), "--dry-run", "--rows", "BatchNorm,CT"]
+    todo = headline.main(headline.parse_args([*line, "--seeds", "1", "--data-dir", str(tmp_path)]))
+    assert [job.key for job in todo if job.trains] == ["bn-s0", "none-s0", "ct-s0"]
+    out = capsys.readouterr().out
+    assert "python ct.py --dataset cifar10" in out and "data set cifar10:" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["nothing"], "no such table; there are question"),
+        (["question", "--rows", "other"], "--rows: no other; there are BatchNorm"),
+        (["question", "--evaluations", "other"], "other is none of corruptions"),
+    ],
+)
+def test_names_that_are_not_there(line, message, tmp_path):
+    with pytest.raises(run.UserError, match=message):
+        headline.main(headline.parse_args([*line, "--runs", str(tmp_path), "--dry-run"]))
