@@ -234,7 +234,8 @@ def each_domain(args):
             rows.append([stage, *values, statistics.mean(values)])
     print(f"\n{run.table(rows, ['accuracy % on', *names, 'average'])}")
     print(f"Each domain was left out of training once: {args.dataset}, seed {args.seed}.")
-    print(f"Over seeds: python eval/domains.py {args.out} --data-dir {args.data_dir}")
+    again = run.command("eval/domains.py", args.out, "--data-dir", args.data_dir)
+    print(f"Over seeds: {again}")
     return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
 
 
@@ -321,7 +322,8 @@ def report(networks, dataset, args, rundir, precision):
     print(f"Here: {verdict(columns)}")
     print("\nNext:")
     print("  tensorboard --logdir runs                              # the curves of this run")
-    print(f"  python eval/corruptions.py {rundir.dir}/last.pt   # each corruption")
+    again = run.command("eval/corruptions.py", rundir.dir / "last.pt")
+    print(f"  {again}   # each corruption")
     print("  python ct.py --dataset cifar10 --arch wrn16-1 --epochs 20     # real images")
     return final
 

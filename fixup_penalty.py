@@ -110,7 +110,8 @@ def parse_args(argv=None):
     parser.add_argument("--growth", help=argparse.SUPPRESS)
     args = run.parse(parser, argv)
     if args.growth:
-        raise run.UserError(f"--growth: python eval/growth.py --depths {args.growth}")
+        again = run.command("eval/growth.py", "--depths", args.growth)
+        raise run.UserError(f"--growth: {again}")
     row = run.defaults_for(DEFAULTS, args.dataset)
     run.fill(args, GENERAL | row)
     args.val_size = args.val_size or (row["val_size"] if args.tune else 0)

@@ -344,7 +344,8 @@ def report(networks, dataset, args, rundir, precision):
     print(f"Here: {run.compare({'clean': clean, 'robust': robust}, counts)}")
     file = rundir.dir / rundir.file(args.norms[0])
     print("\nNext:\n  tensorboard --logdir runs      # the curves, and pictures of attacks")
-    print(f"  python eval/adversarial.py {file} --attacks standard   # all of AutoAttack")
+    again = run.command("eval/adversarial.py", file, "--attacks", "standard")
+    print(f"  {again}   # all of AutoAttack")
     print("  python nofrost.py --dataset cifar10 --norms nf,bn --arch wrn10-1   # real images")
     return final
 

@@ -195,6 +195,8 @@ class State:
             old = json.loads(path.read_text())
         except ValueError:
             raise run.UserError(f"{path}: not JSON; --overwrite to begin again") from None
+        if not isinstance(old, dict):
+            raise run.UserError(f"{path}: holds no settings; --overwrite to begin again")
         for key, value in json.loads(json.dumps(settings)).items():
             if old.get(key) != value:
                 raise run.UserError(
@@ -453,8 +455,8 @@ def check_plan(args, networks, x):
         needed = attacks.CLASSES.get(attacks.parse(name)[0], 2)
         if classes < needed:
             raise run.UserError(
-                f"--attacks, {row}: its loss needs {needed} classes, here are {classes}: take "
-                "apgd-ce,fab-t,square"
+                f"--attacks, {row}: its loss needs {needed} classes, here are {classes}"
+                + (": take apgd-ce,fab-t,square" if classes > 1 else ", which no attack can change")
             )
     most = 255 * x[0].numel() ** 0.5
     if args.norm == "l2" and args.eps > most:

@@ -394,6 +394,11 @@ def test_attacks_that_need_more_classes(folder):
     checkpoint(folder / "two" / "last.pt", classes=2)
     with pytest.raises(UserError, match=r"apgd-t: its loss needs 4 classes, here are 2: take apgd"):
         evaluate(folder, folder / "two" / "last.pt")
+    np.savez(folder / "cifar10.npz", x_train=x, y_train=y * 0, x_test=x, y_test=y * 0)
+    checkpoint(folder / "one" / "last.pt", classes=1)
+    with pytest.raises(UserError, match="here are 1, which no attack can change"):
+        evaluate(folder, folder / "one" / "last.pt", "--attacks", "apgd-ce")
+    np.savez(folder / "cifar10.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     assert not (folder / "out.json.state").exists()
     names = "apgd-ce-2,fab-t-2,square-5"
     assert evaluate(folder, folder / "two" / "last.pt", "--attacks", names)["attacks"]

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,14 @@ def test_a_home_is_expanded_where_no_shell_does_it(monkeypatch):
     assert args.out == "/home/x/run" and args.files == ["/home/x/a", "b~", "c=~/d"]
 
 
+def test_a_command_can_be_pasted_into_a_shell():
+    assert shlex.split(run.command("a.py", Path("a b/last.pt"))) == [
+        "python",
+        "a.py",
+        "a b/last.pt",
+    ]
+
+
 # --- where it runs --------------------------------------------------------------------------------
 
 
@@ -227,6 +237,25 @@ def test_the_commit_is_this_repository_s_or_none(tmp_path):
     assert printed() == "''"
     (tmp_path / ".git").rename(inner / ".git")
     assert len(printed().strip("'+")) == 12
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
+def test_numbers_of_the_environment(monkeypatch, name):
+    """An empty variable counts as none, another word is named."""
+    for text, number in (("", 1), (" 3 ", 3), ("0", 0)):
+        monkeypatch.setenv(name, text)
+        assert run.device.environment_number(name, 1) == number
+    for text in ("x", "-1", "1.5", "²"):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(UserError, match=f"{name}=.*unset it"):
+            run.device.environment_number(name, 1)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "3", "{", '"x"'])
+def test_options_that_are_none(tmp_path, text):
+    (tmp_path / "args.json").write_text(text)
+    with pytest.raises(UserError, match=r"args.json: .*--overwrite"):
+        run.rundir.read_options(tmp_path)
 
 
 WINDOWS = """

@@ -98,3 +98,9 @@ def test_ct_and_fixup_differ_by_their_method():
     a, b = (reading.source_of_train(text(s)).splitlines() for s in ("ct.py", "fixup_penalty.py"))
     changed = [line for line in difflib.ndiff(a, b) if line[:2] in ("- ", "+ ")]
     assert len(changed) <= 40
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_that_are_told_are_quoted(script):
+    """`run.command` quotes a path with a space, a text put together by hand does not."""
+    assert not re.search(r"f\".*python [a-z_/]+\.py [^\"]*\{", text(script))

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import signal
 import statistics
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.run import old_run
-from common.run.device import world
+from common.run.device import environment_number, world
 from common.run.errors import UserError
 from common.run.progress import Lasting
 from common.run.rundir import read_options
@@ -30,15 +31,16 @@ def cli(main, parse_args):
 
     A training that was told to stop ends with status 75, a finished one with 0.
     """
-    own = int(os.environ.get("RANK", 0))
-    if own:
-        sys.stdout = open(os.devnull, "w")  # one process prints
+    own = 0
     sys.stdout = Lasting(sys.stdout)
     sys.stderr = Lasting(sys.stderr)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), old_run.on_signal)
     try:
+        own = environment_number("RANK", 0)
+        if own:
+            sys.stdout = Lasting(open(os.devnull, "w"))  # one process prints
         main(parse_args())
         sys.stdout.flush()
     except UserError as error:
@@ -140,6 +142,11 @@ class Flag(argparse.BooleanOptionalAction):
     def __init__(self, *args, help=None, **kwargs):
         super().__init__(*args, help=None, **kwargs)
         self.help = help
+
+
+def command(*words):
+    """A command line that starts Python with these words, quoted as a shell needs it."""
+    return shlex.join(["python", *map(str, words)])
 
 
 def home(word):
@@ -300,7 +307,7 @@ def parse(parser, argv=None):
     usual = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
     folder = args.resume
-    if not folder and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if not folder and environment_number("TORCHELASTIC_RESTART_COUNT", 0):
         folder = "auto"
     if folder == "auto" and args.out and (Path(args.out).expanduser() / "args.json").is_file():
         folder = args.out

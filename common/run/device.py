@@ -82,14 +82,24 @@ class Sum(torch.autograd.Function):
         return summed(grad.contiguous())
 
 
+def environment_number(name, default):
+    """A whole number from 0 on in the environment; an empty variable counts as none.
+
+    Raises UserError for any other text."""
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdigit()):
+        raise UserError(f"environment: {name}={text[:40]!r} is no number from 0 on; unset it")
+    return int(text) if text else default
+
+
 def get_device(name):
     """`auto` is the GPU if there is one. Raises UserError for a device that is not there. Under
     torchrun each process takes the GPU of its local rank, and joins the others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" in os.environ
+    many = environment_number("WORLD_SIZE", 1) > 1 and "MASTER_ADDR" in os.environ
     if many and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{environment_number('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -103,7 +113,10 @@ def get_device(name):
             torch.cuda.set_device(device)  # streams and graphs are those of the current one
     if many and not dist.is_initialized():
         # torchrun keeps one store over its restarts; what dead processes left must not be read
-        store, number, count = next(dist.rendezvous("env://"))
+        try:
+            store, number, count = next(dist.rendezvous("env://"))
+        except ValueError as error:  # a variable that is missing, or no number
+            raise UserError(f"{str(error).splitlines()[0]}; start with torchrun") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

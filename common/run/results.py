@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -95,7 +96,7 @@ class Results:
         all is written."""
         words = [f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]
         output = {
-            "command": "python " + " ".join(words),
+            "command": "python " + shlex.join(words),
             "versions": versions(),
             "settings": self.settings,
             **output,

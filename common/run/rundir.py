@@ -359,9 +359,12 @@ def read_options(folder):
     if not file.is_file():
         raise UserError(f"--resume {folder}: no args.json there, so it is no run directory")
     try:
-        return json.loads(file.read_text())
+        options = json.loads(file.read_text())
     except ValueError:
         raise UserError(f"{file}: not JSON; give the options and --overwrite") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{file}: holds no options; give the options and --overwrite")
+    return options
 
 
 def lock(folder):
