@@ -29,7 +29,6 @@ are more than 1 % of the images found there is no table. Each finished batch is 
 of an uninterrupted evaluation.
 """
 
-import copy
 import hashlib
 import json
 import shutil
@@ -63,11 +62,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--alpha", type=run.positive(float), help="step of bim, pgd, cw in 1/255 (default: by eps)"
     )
-    parser.add_argument(
-        "--gamma", type=shares, default=[], metavar="G,G",
-        help="for dual-bn: share of the adversarial statistics in a mixture with the clean ones, a "
-        "row each (default: the adversarial ones)",
-    )  # fmt: skip
+    models.add_gamma(parser)
     parser.add_argument(
         "--eot", type=run.positive(int), default=1, metavar="N",
         help="passes of a random network whose mean logits are attacked and judged",
@@ -105,14 +100,6 @@ def parse_args(argv=None):
     if not 0 < args.eps <= most:
         parser.error(f"--eps {args.eps:g} is not in (0, {most:g}]: it is given in units of 1/255")
     return args
-
-
-def shares(text):
-    """argparse type: numbers from 0 to 1 with commas between them, each once."""
-    values = run.listed(float)(text)
-    if len(set(values)) < len(values) or not all(0 <= value <= 1 for value in values):
-        raise run.UserError(f"--gamma {text}: give different numbers from 0 to 1, as 0,0.5,1")
-    return values
 
 
 def attack_names(text):
@@ -463,22 +450,6 @@ def check_plan(args, networks, x):
         raise run.UserError(f"--eps {args.eps:g}: the images' whole box is {most:.0f}/255 across")
 
 
-def with_gamma(networks, gammas):
-    """The networks, each with every share of --gamma as one of its own."""
-    if not gammas:
-        return networks
-    mixed = []
-    for title, model, facts in networks:
-        for gamma in gammas:
-            other = copy.deepcopy(model)
-            if not models.mix_statistics(other, gamma):
-                raise run.UserError(
-                    f"--gamma mixes the two sets of statistics of dual-bn; {title} has one"
-                )
-            mixed.append((f"{title}, gamma {gamma:g}", other, facts | {"gamma": gamma}))
-    return mixed
-
-
 def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
@@ -486,7 +457,7 @@ def main(args):
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
     first = Path(args.checkpoints[0])
     first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
-    networks = with_gamma(networks, args.gamma)
+    networks = models.with_gamma(networks, args.gamma)
     check_plan(args, networks, x)
     settings = {
         "model": [digest(*model.state_dict().values()) for _, model, _ in networks],

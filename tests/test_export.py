@@ -1,4 +1,4 @@
-"""eval/corruptions.py --export: the official layout, there and back, interrupted, and refused."""
+"""eval/export.py: the official layout, there and back, interrupted, and refused."""
 
 import importlib.util
 import json
@@ -10,9 +10,17 @@ import torch
 
 from common import corruptions, data, models, run
 
-spec = importlib.util.spec_from_file_location("export", run.ROOT / "eval" / "corruptions.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+
+def load_script(name):
+    path = run.ROOT / "eval" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"eval_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script("export")
+evaluation = load_script("corruptions")
 
 
 @pytest.fixture
@@ -27,12 +35,12 @@ def folder(tmp_path):
 
 def export(folder, out, *options):
     options = [*map(str, options), "--data-dir", str(folder), "--device", "cpu"]
-    return script.main(script.parse_args(["--export", str(out), *options]))
+    return script.main(script.parse_args([str(out), *options]))
 
 
 def evaluate(folder, *options):
     options = [*map(str, options), "--data-dir", str(folder), "--device", "cpu"]
-    return script.main(script.parse_args([str(folder / "last.pt"), *options]))
+    return evaluation.main(evaluation.parse_args([str(folder / "last.pt"), *options]))
 
 
 def test_arrays_there_and_back(folder, capsys):
@@ -190,8 +198,7 @@ def test_errors(folder, tree, tmp_path):
     out = tmp_path / "out"
     for options, message in (
         (["--dataset", "cifar10", "--severities", "1,2"], "all five severities"),
-        ([], "--dataset cifar10"),
-        (["x.pt", "--dataset", "cifar10"], "no checkpoint"),
+        ([], "--dataset is needed: cifar10"),
         (["--dataset", "cifar10", "--frost-dir", tmp_path], "frost1.png"),
     ):
         with pytest.raises(run.UserError, match=message):
@@ -208,6 +215,12 @@ def test_errors(folder, tree, tmp_path):
     (tree / "dog" / "broken.png").write_bytes(b"no image")
     with pytest.raises(run.UserError, match="two files are called broken"):
         export(tree, tmp_path / "c", "--dataset", "folder", "--corruptions", "fog")
-    for options in ([], ["x.pt", "--dataset", "folder"]):
-        with pytest.raises(run.UserError, match="--export"):
-            script.parse_args(options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(run.UserError, match=r"cannot write in .*; give DIR elsewhere"):
+        export(folder, tmp_path / "file" / "out", "--dataset", "cifar10")
+
+
+def test_the_old_command_names_the_new_one():
+    """`eval/corruptions.py --export DIR` says in one line what replaced it."""
+    with pytest.raises(run.UserError, match=r"python eval/export\.py OUT --dataset cifar10"):
+        evaluation.parse_args(["--export", "OUT", "--dataset", "cifar10"])

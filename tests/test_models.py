@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import data, models, run
-from common.models import weights
+from common.models import evaluation, weights
 from common.run import UserError
 
 # Parameters with BatchNorm, 10 classes, 32 px: He et al. 2016 (0.27 M ... 1.7 M, to the unit as in
@@ -298,16 +298,16 @@ def test_refused_object_is_named(tmp_path):
 
 @pytest.mark.parametrize("text", ["125.3,123,113.9", "nan,0.5,0.5", "inf,0,0", "-0.1,0,0", "1,1"])
 def test_mean_of_another_unit(text):
-    for read in (weights.triple, weights.deviations):
+    for read in (evaluation.triple, evaluation.deviations):
         with pytest.raises(argparse.ArgumentTypeError):
             read(text)
-    assert weights.triple("0,0.5,1") == (0, 0.5, 1)
+    assert evaluation.triple("0,0.5,1") == (0, 0.5, 1)
 
 
 def test_deviation_of_zero():
     with pytest.raises(argparse.ArgumentTypeError, match="divides by zero"):
-        weights.deviations("0.2,0,0.2")
-    assert weights.deviations("0.2,0.3,1") == (0.2, 0.3, 1)
+        evaluation.deviations("0.2,0,0.2")
+    assert evaluation.deviations("0.2,0.3,1") == (0.2, 0.3, 1)
 
 
 def test_stem_of_foreign_weights():

@@ -21,10 +21,18 @@ Frost needs six photographs that are not part of this project: see `frost_textur
 
 from common.corruptions.engine import CHUNK, apply, corrupt, draw
 from common.corruptions.measure import corruption_errors
-from common.corruptions.names import EXTRA, NAMES, SEVERITIES, SIZES
+from common.corruptions.names import (
+    EVERY,
+    EXTRA,
+    NAMES,
+    SEVERITIES,
+    SIZES,
+    listed_names,
+    listed_severities,
+)
 from common.corruptions.weather import FROST_FILES, frost_textures
 
 __all__ = [
-    "CHUNK", "EXTRA", "FROST_FILES", "NAMES", "SEVERITIES", "SIZES", "apply", "corrupt",
-    "corruption_errors", "draw", "frost_textures",
+    "CHUNK", "EVERY", "EXTRA", "FROST_FILES", "NAMES", "SEVERITIES", "SIZES", "apply", "corrupt",
+    "corruption_errors", "draw", "frost_textures", "listed_names", "listed_severities",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Data sets by name: reading, checking, splitting."""
 
+import json
 import shutil
 import tempfile
 import urllib.error
@@ -421,6 +422,15 @@ def corrupted_dir(name, data_dir="data"):
     """The folder of the released CIFAR-10-C or CIFAR-100-C arrays, or None where there is none."""
     folder = Path(data_dir) / {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(name, "-")
     return folder if (folder / "labels.npy").is_file() else None
+
+
+def read_manifest(folder):
+    """manifest.json of a corrupted set that eval/export.py wrote, or None where there is none."""
+    path = Path(folder) / "manifest.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise UserError(f"{path}: not JSON; delete the folder and export again") from None
 
 
 def read_array(path, dtype, shape):

@@ -7,6 +7,8 @@ Every network takes images in [0,1] (N,3,H,W), normalises them in its first laye
     logits, h = model(x, with_features=True)
 """
 
+from common.models.adapt import SOURCE, adapted, batch_norms
+from common.models.evaluation import add_arguments, add_gamma, for_evaluation, triple, with_gamma
 from common.models.init import (
     INITS,
     LAST_SCALE,
@@ -71,13 +73,10 @@ from common.models.norms import (
 )
 from common.models.weights import (
     RENAMES,
-    add_arguments,
     copy_matching_weights,
-    for_evaluation,
     from_torchvision,
     load_foreign,
     load_pretrained,
-    triple,
 )
 from common.models.zoo import (
     ARCHS,
@@ -105,6 +104,7 @@ __all__ = [
     "NF_RESNETS",
     "NORMS",
     "RENAMES",
+    "SOURCE",
     "VGG",
     "AllConv",
     "AverageShortcut",
@@ -138,7 +138,10 @@ __all__ = [
     "Transition",
     "WideBlock",
     "WideResNet",
+    "adapted",
     "add_arguments",
+    "add_gamma",
+    "batch_norms",
     "build",
     "constructor",
     "conv_shortcut",
@@ -169,4 +172,5 @@ __all__ = [
     "triple",
     "use_statistics",
     "wide_size",
+    "with_gamma",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """Weights of checkpoints, of other projects and of torchvision."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -9,8 +8,7 @@ from torch import nn
 
 from common import run
 from common.models.layers import Normalize
-from common.models.norms import NORMS
-from common.models.zoo import IMAGENET_RESNETS, build, from_checkpoint
+from common.models.zoo import IMAGENET_RESNETS, build
 from common.run import UserError
 
 RENAMES = [  # names in other projects' checkpoints -> names here
@@ -84,40 +82,6 @@ def load_foreign(model, state):
     return model.eval()
 
 
-def add_arguments(parser, nargs="+", datasets=None):
-    """Add the networks of an evaluation: checkpoints, state_dicts, torchvision's names."""
-    parser.add_argument(
-        "checkpoints", nargs=nargs, metavar="CHECKPOINT",
-        help="runs/x/last.pt, a run directory, or torchvision:resnet50 (ImageNet)",
-    )  # fmt: skip
-    group = parser.add_argument_group("state_dict of another project")
-    group.add_argument("--arch")
-    group.add_argument("--model-norm", default="bn", choices=NORMS, help="its normalisation")
-    group.add_argument("--dataset", choices=datasets, help="what it was trained on")
-    group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")
-    group.add_argument("--std", type=deviations, metavar="R,G,B", help="above 0, at most 1")
-
-
-def triple(text):
-    """argparse type: three numbers in [0,1]. Those of 0..255 would give chance without a word."""
-    values = tuple(float(v) for v in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text}: three numbers, as 0.49,0.48,0.45")
-    if not all(0 <= v <= 1 for v in values):  # false for NaN too
-        raise argparse.ArgumentTypeError(
-            f"{text}: three numbers in [0,1]; divide those of 0..255 by 255"
-        )
-    return values
-
-
-def deviations(text):
-    """argparse type: three numbers above 0 and at most 1."""
-    values = triple(text)
-    if min(values) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: a deviation of 0 divides by zero")
-    return values
-
-
 def from_torchvision(name):
     """An ImageNet network of torchvision with its first published weights, from torchvision's
     cache; its normalisation inside."""
@@ -142,53 +106,6 @@ def from_torchvision(name):
     model = nn.Sequential(Normalize(form.mean, form.std), net).eval()
     model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
     return model
-
-
-def for_evaluation(args, device):
-    """Networks of `add_arguments`: ([(label, model, facts)], name of the one data set of all).
-    facts: what the results file says of a network; its options are without paths."""
-    networks, paths = [], ("out", "data_dir", "teacher", "device")
-    for path in args.checkpoints:
-        label = Path(path).stem
-        if str(path).startswith("torchvision:"):
-            label = str(path).partition(":")[2]
-            model = from_torchvision(label)
-            facts = model.spec | {"dataset": "imagenet", "method": "torchvision"}
-        elif args.arch:
-            if not (args.dataset and args.mean and args.std):
-                raise UserError("--arch goes with --dataset, --mean and --std")
-            state = run.load_checkpoint(path, foreign=True)
-            tensors = unwrap(state)
-            heads = [v for v in tensors.values() if isinstance(v, torch.Tensor) and v.ndim == 2]
-            classes = len(heads[-1]) if heads else 10
-            size = image_size_of(tensors, args.dataset)
-            model = build(args.arch, args.model_norm, classes, size, args.mean, args.std)
-            load_foreign(model, state)
-            facts = model.spec | {"dataset": args.dataset, "method": "foreign"}
-        else:
-            checkpoint = run.load_checkpoint(path)
-            model = from_checkpoint(checkpoint)
-            keys = ("method", "stage", "arch", "norm", "dataset", "num_classes", "step")
-            facts = {k: checkpoint.get(k) for k in keys}
-            options = checkpoint.get("args", {}).items()
-            facts["options"] = {k: v for k, v in options if k not in paths}
-            place = Path(path)
-            if place.is_dir() or place.name == "last.pt":
-                label = (place if place.is_dir() else place.parent).name or "last"
-            else:
-                label = f"{place.parent.name}/{place.stem}".strip("/")
-        model.to(device, memory_format=torch.channels_last)
-        networks.append((label, model, facts | {"checkpoint": str(path)}))
-    labels = [label for label, _, _ in networks]
-    for k, (label, model, facts) in enumerate(networks):
-        if labels.count(label) > 1:  # runs of the same name: by their paths
-            networks[k] = (facts["checkpoint"], model, facts)
-    if len({label for label, _, _ in networks}) < len(networks):
-        raise UserError("the same checkpoint is given twice")
-    found = sorted({str(facts["dataset"]) for _, _, facts in networks})
-    if len(found) > 1:
-        raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
-    return networks, found[0]
 
 
 def fold(conv, norm):

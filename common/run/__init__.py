@@ -68,6 +68,7 @@ from common.run.results import (
     row_titles,
     table,
     try_file,
+    try_folder,
     weights_digest,
     write_json,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "table",
     "to_float",
     "try_file",
+    "try_folder",
     "versions",
     "wait",
     "warn_of_chance",

@@ -40,10 +40,14 @@ class Results:
         self.path = self._place(Path(first), path)
         self._lock = self._locked()
         self.folder = Path(tensorboard).expanduser() if tensorboard else self.path.parent / kind
-        if pictures:
-            try_folder(self.folder, "--tensorboard")
-        if self.path.is_file() and not overwrite:
-            self._compare()
+        try:
+            if pictures:
+                try_folder(self.folder, "--tensorboard")
+            if self.path.is_file() and not overwrite:
+                self._compare()
+        except UserError:
+            self.close()
+            raise
 
     def _place(self, first, path):
         if path:
