@@ -416,7 +416,8 @@ def train(stage, model, lr, args, task, rundir, precision, history):
     stage: name of the norm and the rate. history: the run's rows of log.jsonl, appended to; "step"
     counts the updates made.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum)
+    fused = precision.device.type == "cuda"
+    optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, fused=fused)
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, steps=args.steps)
     history[:] = [r for r in history if r["step"] < loop.start + ("beta" not in r)]
     # The gradient of the trajectory, where a probe has the same: in fp32, one process's noise.

@@ -175,7 +175,7 @@ def mixup(x, y, alpha, seed, step):
     rng = run.generator(seed, "mixup", step)
     gammas = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=rng)
     share = (gammas[0] / gammas.sum()).item()
-    partner = torch.randperm(len(y), generator=rng).to(y.device)
+    partner = run.upload(torch.randperm(len(y), generator=rng), y.device)
     mixed = share * x + (1 - share) * x[partner]
     own = run.rows(len(y))
     return mixed[own], y[own], y[partner][own], share

@@ -245,7 +245,7 @@ def train(stage, model, args, task, rundir, precision):
     peak = args.lr * (args.batch_size / 256 if args.dataset in data.PHOTOGRAPHS else 1)
     optimizer = torch.optim.SGD(
         model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0,
+        nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
     warmup = round(args.warmup * per_epoch)

@@ -147,9 +147,9 @@ def trained(tmp_path_factory):
 
 EVALUATIONS = {
     "adversarial": [["--limit", "20", "--attacks", "pgd-2,apgd-ce-2,apgd-t-1,fab-t-1,square-5",
-                     "--batch-size", "10"], "AutoAttack"],
+                     "--batch-size", "10"], "square-5"],
     "corruptions": [["--limit", "20"], "mean"],
-    "smoothness": [["--limit", "64"], "beta"],
+    "smoothness": [["--limit", "64"], "written"],
 }  # fmt: skip
 
 

@@ -103,14 +103,19 @@ def debias_texture(x, generator):
     probability 0.5 {with 0.8 colour jitter (brightness, contrast, saturation 0.8, hue 0.2, in an
     order drawn for the batch), with 0.2 to grey}. Crop and flip are the loader's."""
 
-    def draw(low, high):
-        values = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device)
-        return (low + (high - low) * values).to(x.device)
+    def draw(count):
+        return torch.rand(count, len(x), generator=generator, device=generator.device)
+
+    jitter = draw(4)
+    order = torch.randperm(4, generator=generator, device=generator.device).tolist()
+    drawn = run.upload(torch.cat([jitter, draw(3)]), x.device).view(7, -1, 1, 1, 1)
+    factors = 0.2 + 1.6 * drawn[:3]
+    turns = -0.2 + 0.4 * drawn[3, :, 0]
+    chosen, jittered, to_grey = drawn[4] < 0.5, drawn[5] < 0.8, drawn[6] < 0.2
 
     def blend(a, b, factor):
         return torch.lerp(b, a, factor).clamp_(0, 1)
 
-    factors, turns = [draw(0.2, 1.8) for _ in range(3)], draw(-0.2, 0.2)[:, 0]
     steps = [
         lambda z: blend(z, torch.zeros_like(z), factors[0]),
         lambda z: blend(z, grey(z).mean((2, 3), keepdim=True).expand_as(z), factors[1]),
@@ -118,9 +123,8 @@ def debias_texture(x, generator):
         lambda z: turn_hue(z, turns),
     ]
     out = x
-    for i in torch.randperm(4, generator=generator, device=generator.device).tolist():
+    for i in order:
         out = steps[i](out)
-    chosen, jittered, to_grey = draw(0, 1) < 0.5, draw(0, 1) < 0.8, draw(0, 1) < 0.2
     out = torch.where(jittered, out, x)
     out = torch.where(to_grey, grey(out).expand_as(out), out)
     return torch.where(chosen, out, x)

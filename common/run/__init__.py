@@ -35,6 +35,7 @@ from common.run.device import (
     share,
     spread,
     summed,
+    upload,
     wait,
     world,
 )
@@ -147,6 +148,7 @@ __all__ = [
     "to_float",
     "try_file",
     "try_folder",
+    "upload",
     "versions",
     "wait",
     "warn_of_chance",

@@ -37,6 +37,13 @@ def share(*tensors):
     return tuple(tensor[rows(len(tensor))] for tensor in tensors)
 
 
+def upload(x, device):
+    """A CPU tensor on the device; the host does not wait for a GPU."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def wait():
     """Until every process is here."""
     if world() > 1:
