@@ -68,7 +68,7 @@ def test_arrays_there_and_back(folder, capsys):
     stored = evaluate(folder)
     assert "exported by this project (seed 3)" in capsys.readouterr().out
     assert "frost: procedural" in stored["source"]
-    fly = evaluate(folder, "--generate", "--seed", 3)
+    fly = evaluate(folder, "--generate", "--seed", 3, "--overwrite")
     for key in ("error", "ece", "mean_corruption_error", "clean"):
         assert stored["checkpoints"][0][key] == fly["checkpoints"][0][key]
 
@@ -88,7 +88,9 @@ def test_a_limited_export_has_its_own_clean_images(folder):
     expected = run.evaluate(model.eval(), test.x[rows], test.y[rows])
     assert found["clean"]["error"] == pytest.approx(expected["error"])
     assert found["clean"]["ece"] == pytest.approx(expected["ece"], abs=1e-3)
-    few = evaluate(folder, "--corruptions", "brightness", "--limit", 5)["checkpoints"][0]
+    few = evaluate(folder, "--corruptions", "brightness", "--limit", 5, "--overwrite")[
+        "checkpoints"
+    ][0]
     kept = rows[data.stratified_split(test.y[rows], 5, 0, "--limit")[1]]
     expected = run.evaluate(model.eval(), test.x[kept], test.y[kept])
     assert few["clean"]["ece"] == pytest.approx(expected["ece"], abs=1e-3)
@@ -197,7 +199,7 @@ def test_trees_are_read_as_for_training(tmp_path):
 def test_errors(folder, tree, tmp_path):
     out = tmp_path / "out"
     for options, message in (
-        (["--dataset", "cifar10", "--severities", "1,2"], "all five severities"),
+        (["--dataset", "cifar10", "--severities", "1,2"], "holds all five"),
         ([], "--dataset is needed: cifar10"),
         (["--dataset", "cifar10", "--frost-dir", tmp_path], "frost1.png"),
     ):
