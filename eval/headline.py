@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import data, run
-from eval import headline_tables
+from eval import headline_report, headline_tables
 
 TOLD_TO_STOP = 75  # exit status of a training that left after a signal
 POLL = 0.2  # seconds between two looks at the running jobs
@@ -68,6 +68,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--gpus", type=run.positive(int), default=1,
         help="processes of a training; above 1 torchrun starts them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--readme", action="store_true",
+        help="only write the tables of <out>/*.json between the markers of its README.md",
     )  # fmt: skip
     args = parser.parse_args(argv)
     if args.table is not None and args.table not in headline_tables.TABLES:
@@ -120,18 +124,27 @@ def training(args, scale, name, seed):
 
 
 def result_file(args, row, name, seed):
+    """The JSON of an evaluation; options of the row's own are part of its name."""
     folder = run_folder(args, row.run, seed)
-    return folder / f"{Path(row.file).stem}.{name}.json"
+    own = re.sub(r"[^\w.]+", "-", (row.options or {}).get(name, ""))
+    return folder / f"{Path(row.file).stem}.{name}{own}.json"
 
 
 def evaluation(args, scale, row, name, seed):
     folder = run_folder(args, row.run, seed)
     own = {"network": folder / row.file, "run": folder, "seed": seed}
-    words, needs = filled(scale.evaluations[name], args, seed, own)
+    command = f"{scale.evaluations[name]} {(row.options or {}).get(name, '')}"
+    words, needs = filled(command, args, seed, own)
     product = result_file(args, row, name, seed)
     words += ["--data-dir", args.data_dir, "--json", str(product)]
-    key = f"{row.run}-s{seed} {Path(row.file).stem} {name}"
+    key = f"{row.run}-s{seed} {product.stem}"
     return Job(key, words, product, (f"{row.run}-s{seed}", *needs), False, seed)
+
+
+def trainings_of(scale, row):
+    """The trainings of a row: its own, and those that columns name."""
+    sources = [word for path in scale.columns.values() for word in path]
+    return [row.run, *(w.removeprefix("run ") for w in sources if w.startswith("run "))]
 
 
 def all_jobs(args, scale, rows, seeds):
@@ -148,7 +161,8 @@ def all_jobs(args, scale, rows, seeds):
 
     for seed in range(seeds):
         for row in rows:
-            add_training(row.run, seed)
+            for name in trainings_of(scale, row):
+                add_training(name, seed)
             for name in args.evaluations or scale.evaluations:
                 job = evaluation(args, scale, row, name, seed)
                 jobs.setdefault(job.key, job)
@@ -298,6 +312,8 @@ def dry_run(jobs, scale, args):
 
 def missing_data(name, data_dir):
     """What keeps a data set from being read, or None."""
+    if name not in data.NAMES:
+        return None  # the script makes it
     try:
         data.load(name, data_dir, seed=0)
     except run.UserError as error:
@@ -309,10 +325,14 @@ def missing_data(name, data_dir):
 
 
 def number(args, row, path, seed):
-    """The number of a column for a row and a seed, None where it is not there."""
+    """The number that a path of `Scale.columns` leads to, None where it is not there."""
     source, *keys = [key.format(stage=row.stage) for key in path]
-    if source == "run":
-        content = final_numbers(run_folder(args, row.run, seed))
+    if source == "100 -":
+        value = number(args, row, keys, seed)
+        return None if value is None else 100 - value
+    if source.startswith("run"):
+        name = source.removeprefix("run").strip() or row.run
+        content = final_numbers(run_folder(args, name, seed))
     else:
         content = read_json(result_file(args, row, source, seed))
         content = content and content.get("checkpoints", [content])[0]
@@ -321,9 +341,21 @@ def number(args, row, path, seed):
     return content
 
 
+def numbers_of(args, scale, row, seed):
+    """{column: number or None} of a row."""
+    found = {}
+    for column, path in scale.columns.items():
+        if path[0] == "mean":
+            values = [found[name] for name in path[1:]]
+            found[column] = None if None in values else statistics.mean(values)
+        else:
+            found[column] = number(args, row, path, seed)
+    return found
+
+
 def failure(args, scale, row, seed):
     """Why a row has no numbers for a seed, or None."""
-    jobs = [training(args, scale, row.run, seed)]
+    jobs = [training(args, scale, name, seed) for name in trainings_of(scale, row)]
     jobs += [evaluation(args, scale, row, name, seed) for name in scale.evaluations]
     for job in jobs:
         if mark(job).is_file() and not finished(job):
@@ -339,7 +371,7 @@ def collect(args, name, table, rows, seeds):
         numbers = {}
         failures = {}
         for seed in range(seeds):
-            values = {c: number(args, row, path, seed) for c, path in scale.columns.items()}
+            values = numbers_of(args, scale, row, seed)
             if any(v is not None for v in values.values()):
                 numbers[str(seed)] = values
             reason = failure(args, scale, row, seed)
@@ -359,78 +391,6 @@ def collect(args, name, table, rows, seeds):
     }  # fmt: skip
 
 
-def values_of(row, column):
-    """The numbers of a row of the JSON in a column, over the seeds that have one."""
-    values = (numbers.get(column) for numbers in row["seeds"].values())
-    return [v for v in values if v is not None]
-
-
-def lines_of(content):
-    """(rows, header) of the table of a results file. A reported column stands twice."""
-    reported = {c for row in content["rows"] for c in row["paper"]}
-    header = ["network"]
-    for column in content["columns"]:
-        header += [f"{column}, paper", f"{column}, here"] if column in reported else [column]
-    lines = []
-    for row in content["rows"]:
-        line = [row["row"]]
-        for column in content["columns"]:
-            values = values_of(row, column)
-            paper = row["paper"].get(column, "-")
-            if column in reported:
-                line.append(f"{paper:g}" if isinstance(paper, (int, float)) else paper)
-            line.append(run.mean_sd(values))
-        state = [f"failed (seed {seed}): {why}" for seed, why in row["failed"].items()]
-        lines.append([*line, len(row["seeds"]), "; ".join(state)])
-    header += ["n", ""]
-    if not any(line[-1] for line in lines):
-        header, lines = header[:-1], [line[:-1] for line in lines]
-    return lines, header
-
-
-def caption(content):
-    """The sentences below a table."""
-    text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
-    text += "deviation over n seeds."
-    for extra in (content["note"], content["paper"] and f"Paper: {content['paper']}."):
-        text += f" {extra}" if extra else ""
-    return text
-
-
-def markdown(content):
-    """The table of a results file as the READMEs show it."""
-    lines, header = lines_of(content)
-    return f"{run.format_table(lines, header, 'markdown')}\n\n{caption(content)}\n"
-
-
-def draw(content, path):
-    """Write the figure of a results file where it has one; returns whether it has."""
-    if not content["chart"]:
-        return False
-    points = {}
-    for row in content["rows"]:
-        point = []
-        for column in content["chart"]:
-            values = values_of(row, column)
-            if values:
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                point += [statistics.mean(values), deviation]
-        if len(point) == 4:
-            points[row["row"]] = tuple(point)
-    if points:
-        run.scatter_chart(path, content["title"], points, *content["chart"])
-    return bool(points)
-
-
-def publish(content, args):
-    """Write JSON, Markdown and SVG; returns the path of the JSON."""
-    path = args.out / f"headline_{content['table']}_{content['scale']}.json"
-    run.write_json(path, content)
-    path.with_suffix(".md").write_text(markdown(content))
-    draw(content, path.with_suffix(".svg"))
-    return path
-
-
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -438,7 +398,8 @@ def state_of(args, name, table):
     """(words, minutes) of a table at the scale asked for."""
     scale = table.scales[args.scale]
     seeds = args.seeds or scale.seeds
-    runs = {(row.run, seed) for row in scale.rows for seed in range(seeds)}
+    names = {name for row in scale.rows for name in trainings_of(scale, row)}
+    runs = [(name, seed) for name in names for seed in range(seeds)]
     done = sum(final_numbers(run_folder(args, r, seed)) is not None for r, seed in runs)
     published = read_json(args.out / f"headline_{name}_{args.scale}.json")
     words = "not begun"
@@ -447,18 +408,21 @@ def state_of(args, name, table):
     elif published:
         count = sum(len(row["seeds"]) for row in published["rows"])
         words = f"published: {count} of {len(scale.rows) * seeds} rows x seeds"
-    hours = scale.minutes * seeds / 60
-    return words, f"{hours:.1f} h of {scale.machine}"
+    if scale.minutes is None:
+        return words, f"not measured, on {scale.machine}"
+    return words, f"{scale.minutes * seeds / 60:.0f} h of {scale.machine}"
 
 
 def list_tables(args):
     """Print every table with its paper, its scales, their state and their time."""
-    rows = []
+    rows, papers = [], []
     for name, table in headline_tables.TABLES.items():
         for scale in table.scales:
             words, hours = state_of(run.changed(args, scale=scale), name, table)
             rows.append([name, scale, words, hours, table.title])
-    print(run.table(rows, ["table", "scale", "state", "time", "what"]))
+            papers.append(f"{name}: {table.paper}")
+    print(run.table(rows, ["table", "scale", "state", "time, estimated", "what"]))
+    print("\nPapers and sources:\n  " + "\n  ".join(dict.fromkeys(papers)))
     print("\npython eval/headline.py TABLE runs what is missing and prints the table.")
     return rows
 
@@ -472,6 +436,8 @@ def chosen_rows(args, scale):
 
 
 def main(args):
+    if args.readme:
+        return headline_report.update(args.out / "README.md")
     if args.table is None:
         return list_tables(args)
     table = headline_tables.TABLES[args.table]
@@ -493,9 +459,10 @@ def main(args):
     content = collect(args, args.table, table, scale.rows, max(seeds, scale.seeds))
     if not any(row["seeds"] or row["failed"] for row in content["rows"]):
         raise run.UserError(f"{args.table}: nothing is finished yet; the same command goes on")
-    path = publish(content, args)
-    lines, header = lines_of(content)
-    print(f"\n{run.table(lines, header)}\n{caption(content)}\nwritten: {path}")
+    path = headline_report.publish(content, args.out)
+    lines, header = headline_report.lines_of(content)
+    words = headline_report.caption(content)
+    print(f"\n{run.table(lines, header)}\n{words}\nwritten: {path}")
     if stopped:
         raise run.UserError(f"stopped ({stopped}); the same command goes on")
     return content

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from common import data, run
-from eval import headline, headline_tables
+from eval import headline, headline_report, headline_tables
 from eval.headline_tables import Row, Scale, Table
 
 SCALES = [(name, scale) for name, t in headline_tables.TABLES.items() for scale in t.scales]
@@ -62,7 +62,8 @@ def test_every_command_parses(name, scale, tmp_path):
         options = vars(headline.check(job))
         assert all(need in jobs for need in job.needs), job.key
         if job.trains:
-            assert options["dataset"] == table.dataset and options["dataset"] in data.NAMES
+            assert options["dataset"] == table.dataset
+            assert table.dataset in (*data.NAMES, "gaussian")
             assert options["seed"] == 0 and options["out"] in trained
         else:
             assert any(folder in " ".join(job.words) for folder in trained), job.key
@@ -72,12 +73,19 @@ def test_every_command_parses(name, scale, tmp_path):
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_columns_and_papers_belong_to_the_table(name, scale):
     table = headline_tables.TABLES[name].scales[scale]
-    sources = {path[0] for path in table.columns.values()}
-    assert sources <= {"run", *table.evaluations}
+    for path in table.columns.values():
+        words = path[1:] if path[0] == "100 -" else path
+        if words[0] == "mean":
+            assert set(words[1:]) <= set(table.columns)
+        elif words[0].startswith("run "):
+            assert words[0].removeprefix("run ") in table.runs
+        else:
+            assert words[0] == "run" or words[0] in table.evaluations
     assert set(table.chart) <= set(table.columns)
     for row in table.rows:
         assert row.run in table.runs
         assert set(row.paper or {}) <= set(table.columns)
+        assert set(row.options or {}) <= set(table.evaluations)
     assert len({row.title for row in table.rows}) == len(table.rows)
 
 
@@ -175,6 +183,32 @@ def test_dry_run_starts_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "python ct.py --dataset cifar10" in out and "data set cifar10:" in out
     assert not (tmp_path / "runs").exists()
+
+
+RESULTS = run.ROOT / "eval" / "results"
+
+
+def test_the_readme_shows_the_results_files():
+    text = (RESULTS / "README.md").read_text()
+    assert headline_report.updated(text, RESULTS) == text, "python eval/headline.py --readme"
+    marked = {match[1] for match in headline_report.MARKED.findall(text)}
+    assert marked == {path.stem for path in RESULTS.glob("headline_*.json")}
+    for name in marked:
+        content = json.loads((RESULTS / f"{name}.json").read_text())
+        assert (RESULTS / f"{name}.md").read_text() == headline_report.markdown(content)
+
+
+def test_readme_is_brought_up_to_date(fake, tmp_path):
+    headline.main(headline.parse_args(fake({"a": "--value 10"}, (Row("a", "a", "net"),))))
+    head, end = "<!-- table: headline_fake_small -->", "<!-- end of table -->"
+    (tmp_path / "README.md").write_text(f"before\n\n{head}\nold\n{end}\n\nafter\n")
+    text = headline.main(headline.parse_args(["--readme", "--out", str(tmp_path)]))
+    assert text.startswith(f"before\n\n{head}\nFile: `headline_fake_small.json`.\n\n| network |")
+    assert "| a | 10.50 +- 0.71 |" in text and "old" not in text
+    assert text.endswith(f"(headline_fake_small.svg)\n{end}\n\nafter\n")
+    assert headline_report.updated(text, tmp_path) == text
+    with pytest.raises(run.UserError, match=r"no headline_other_small.json"):
+        headline_report.updated(text.replace("fake", "other"), tmp_path)
 
 
 @pytest.mark.parametrize(

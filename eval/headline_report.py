@@ -1,0 +1,123 @@
+"""The results files of eval/headline.py as tables, figures and parts of a README.
+
+A README holds a table between two markers, which `python eval/headline.py --readme` fills:
+
+    <!-- table: headline_question_small -->
+    <!-- end of table -->
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import run
+
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->)(.*?)(<!-- end of table -->)", re.S)
+
+
+def values_of(row, column):
+    """The numbers of a row of the JSON in a column, over the seeds that have one."""
+    values = (numbers.get(column) for numbers in row["seeds"].values())
+    return [v for v in values if v is not None]
+
+
+def lines_of(content):
+    """(rows, header) of the table of a results file. A reported column stands twice."""
+    reported = {c for row in content["rows"] for c in row["paper"]}
+    header = ["network"]
+    for column in content["columns"]:
+        header += [f"{column}, paper", f"{column}, here"] if column in reported else [column]
+    lines = []
+    for row in content["rows"]:
+        line = [row["row"]]
+        for column in content["columns"]:
+            values = values_of(row, column)
+            paper = row["paper"].get(column, "-")
+            if column in reported:
+                line.append(f"{paper:g}" if isinstance(paper, (int, float)) else paper)
+            line.append(run.mean_sd(values))
+        state = [f"failed (seed {seed}): {why}" for seed, why in row["failed"].items()]
+        lines.append([*line, len(row["seeds"]), "; ".join(state)])
+    header += ["n", ""]
+    if not any(line[-1] for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    return lines, header
+
+
+def caption(content):
+    """The sentences below a table."""
+    text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
+    text += "deviation over n seeds."
+    for extra in (content["note"], content["paper"] and f"Paper: {content['paper']}."):
+        text += f" {extra}" if extra else ""
+    return text
+
+
+def markdown(content):
+    """The table of a results file as the READMEs show it."""
+    lines, header = lines_of(content)
+    table = run.format_table(lines, header, "markdown")
+    return f"File: `{name_of(content)}.json`.\n\n{table}\n\n{caption(content)}\n"
+
+
+def draw(content, path):
+    """Write the figure of a results file where it has one; returns whether it has."""
+    if not content["chart"]:
+        return False
+    points = {}
+    for row in content["rows"]:
+        point = []
+        for column in content["chart"]:
+            values = values_of(row, column)
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                point += [statistics.mean(values), deviation]
+        if len(point) == 4:
+            points[row["row"]] = tuple(point)
+    if points:
+        run.scatter_chart(path, content["title"], points, *content["chart"])
+    return bool(points)
+
+
+def publish(content, folder):
+    """Write JSON, Markdown and SVG; returns the path of the JSON."""
+    path = folder / f"{name_of(content)}.json"
+    run.write_json(path, content)
+    path.with_suffix(".md").write_text(markdown(content))
+    draw(content, path.with_suffix(".svg"))
+    return path
+
+
+def name_of(content):
+    return f"headline_{content['table']}_{content['scale']}"
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def updated(text, folder):
+    """The text of a README with the tables of the results files in `folder` between the markers.
+
+    Raises UserError for a marker whose file is not there."""
+
+    def replace(match):
+        path = folder / f"{match[2]}.json"
+        if not path.is_file():
+            raise run.UserError(f"README.md: no {path.name} for the marker {match[2]}")
+        body = markdown(json.loads(path.read_text()))
+        if path.with_suffix(".svg").is_file():
+            body += f"\n![{match[2]}]({match[2]}.svg)\n"
+        return f"{match[1]}\n{body}{match[4]}"
+
+    return MARKED.sub(replace, text)
+
+
+def update(path):
+    """Bring the tables of a README up to date; returns its text."""
+    text = updated(path.read_text(), path.parent)
+    path.write_text(text)
+    print(f"written: {path}")
+    return text
