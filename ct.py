@@ -188,6 +188,7 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
         nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
+    teacher = loop.fast(teacher)
     warmup = round(args.warmup * task.batches.per_epoch)
     for step in loop:
         x, y = task.batches(step)

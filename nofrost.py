@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--attack-steps", type=positive(int), help="number n of steps in training")
     add("--attack-norm", default="linf", choices=["linf", "l2"], help="norm of the radius")
     add("--attack-mode", default="eval", choices=["eval", "train"], help="mode of the network")
-    add("--capture", action=run.Flag, default=False, help="attack steps as one CUDA graph each")
+    add("--capture", action=run.Flag, default=True, help="attack steps as CUDA graphs on a GPU")
     add = run.add_evaluation_arguments(parser, DEFAULTS, "--robust-images", "attacked").add_argument
     add("--probe-images", type=positive(int), default=200, help="held-out images under PGD-10")
     run.add_arguments(parser)

@@ -14,12 +14,12 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-ALL = ["--device", "cuda", "--batch-size", "16", "--log-every", "1000"]
+ALL = ["--device", "cuda", "--batch-size", "16", "--log-every", "1000", "--no-compile"]
 EPOCH = [*ALL, "--epochs", "1"]
 CT = ["ct.py", "--dataset", "shapes", *EPOCH, "--corrupted-images", "0", "--val-size", "20",
       "--teacher-epochs", "1"]  # fmt: skip
 NOFROST = ["nofrost.py", *EPOCH, "--robust-images", "0", "--probe-images", "4",
-           "--attack-steps", "2"]  # fmt: skip
+           "--attack-steps", "2", "--no-capture"]  # fmt: skip
 FIXUP = ["fixup_penalty.py", *EPOCH, "--corrupted-images", "0"]
 BN = ["bn_ablation.py", *ALL, "--arch", "vgg16-4", "--measure-every", "0", "--eval-every", "1000",
       "--limit", "200"]  # fmt: skip
@@ -36,8 +36,9 @@ CASES = [
     pytest.param([*NOFROST, "--norms", "bn", "--attack-norm", "l2", "--agc", "0.1"], marks=slow),
     pytest.param([*NOFROST, "--norms", "nf", "--streams", "clean,tda,adv"], marks=slow),
     pytest.param([*NOFROST, "--norms", "none", "--loss", "trades"], marks=slow),
-    pytest.param([*NOFROST, "--norms", "bn", "--precision", "fp32", "--attack-mode", "train",
-                  "--capture"], marks=slow),
+    pytest.param([*NOFROST, "--norms", "bn", "--precision", "fp32", "--attack-mode", "train"],
+                 marks=slow),
+    pytest.param([*NOFROST, "--norms", "nf,dual-bn", "--capture"], marks=slow),
     pytest.param([*FIXUP, "--variants", "none,noise+dropout", "--mixup", "0.2"], marks=slow),
     pytest.param([*FIXUP, "--variants", "fixup", "--precision", "fp16"], marks=slow),
     pytest.param([*FIXUP, "--variants", "bn-population", "--precision", "fp32"], marks=slow),

@@ -238,7 +238,9 @@ def add_arguments(parser):
         "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
         help="of the forward and backward pass; auto: bf16 where the hardware has it",
     )  # fmt: skip
-    group.add_argument("--compile", action=Flag, default=False, help="torch.compile the network")
+    group.add_argument(
+        "--compile", action=Flag, help="torch.compile the networks (default: on a GPU with Triton)"
+    )
     group.add_argument(
         "--log-every", type=positive(int), default=50, metavar="STEPS",
         help="steps between points in TensorBoard",

@@ -44,6 +44,23 @@ def upload(x, device):
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def can_compile(device):
+    """Whether torch.compile can make kernels for a device: on a GPU it needs Triton."""
+    from torch.utils._triton import has_triton
+
+    return device.type != "cuda" or has_triton()
+
+
+def compiled(model, device):
+    """The model, compiled to one graph. On a GPU its kernels are launched all at once.
+
+    The launch of small kernels takes the host longer than the kernels take the GPU. Under torchrun
+    each kernel is launched by itself, between the exchanges of gradients.
+    """
+    together = device.type == "cuda" and world() == 1
+    return torch.compile(model, mode="reduce-overhead" if together else None)
+
+
 def wait():
     """Until every process is here."""
     if world() > 1:

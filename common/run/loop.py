@@ -21,12 +21,18 @@ import time
 import torch
 
 from common.run.checkpoint import load_checkpoint
-from common.run.device import mean, rank, seed_key, spread, summed, world
+from common.run.device import can_compile, compiled, mean, rank, seed_key, spread, summed, world
 from common.run.errors import Diverged, check_finite
 
 FP16_LEAST = 2.0**-10  # a loss scale below this means that fp16 has failed; it starts at 65536
 SHOWN = {"loss": "loss {:.3f}", "accuracy": "train {:.1f} %", "images_per_s": "{:.0f} img/s"}
 ASK_EVERY = 10  # steps between the checks whether any process got a signal
+
+
+def wants_compiled(options, device):
+    """Whether a network is compiled: by --compile; without a word from the user on a GPU."""
+    wish = options.get("compile")
+    return wish or (wish is None and device.type == "cuda" and can_compile(device))
 
 
 class Loop:
@@ -48,6 +54,7 @@ class Loop:
         self.model = model
         self.optimizer = optimizer
         self.scaler = precision.scaler
+        self.device = precision.device
         self.batches = batches
         self.per_epoch = batches.per_epoch
         self.total = steps or epochs * batches.per_epoch
@@ -61,8 +68,10 @@ class Loop:
         self.metrics = state.get("metrics", {})
         self.best = state.get("best")
         self.net = spread(model)
-        if options.get("compile"):
-            self.net = torch.compile(self.net)
+        self.compiles = wants_compiled(options, precision.device)
+        if self.compiles:
+            torch.compiler.reset()  # torch compiles a class of networks only a few times
+        self.net = self.fast(self.net)
         self.means = {}
         self.done = self.start
         self._seen = []
@@ -75,12 +84,18 @@ class Loop:
         self._clock = time.perf_counter()
         self._saved = time.monotonic()
 
+    def fast(self, model):
+        """Another model for this loop, compiled as `net` is. None stays None."""
+        return compiled(model, self.device) if self.compiles and model is not None else model
+
     def __iter__(self):
         self.rundir.begin(self.stage, self.start, self.total, self.per_epoch)
         self._clock = time.perf_counter()
         for step in range(self.start, self.total):
             self.done = step + 1
             self.model.train()
+            if self.compiles:
+                torch.compiler.cudagraph_mark_step_begin()  # the step before needs no result
             seed = seed_key(self.batches.seed, "step", step)  # dropout depends on (seed, step) only
             torch.manual_seed(seed_key(seed, rank()) if rank() else seed)
             yield step

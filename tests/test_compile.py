@@ -1,0 +1,71 @@
+"""--compile: one graph a network without a break, and no second one; the teacher too."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import ct
+import fixup_penalty
+import nofrost
+from common import run
+from common.run import loop
+
+TINY = ["--dataset", "shapes", "--limit", "64", "--batch-size", "16", "--epochs", "2",
+        "--eval-every", "1", "--device", "cpu", "--overwrite", "--compile", "--val-size",
+        "20"]  # fmt: skip
+CT = [*TINY, "--arch", "wrn10-1", "--corrupted-images", "0", "--teacher-epochs", "1"]
+NOFROST = [*TINY, "--arch", "wrn10-1", "--robust-images", "0", "--probe-images", "4"]
+FIXUP = [*TINY, "--arch", "wrn10-1", "--corrupted-images", "0"]
+CASES = {  # script, options, graphs: the networks of the run, and the frozen teacher of ct.py
+    "ct": (ct, CT, 4),
+    "nofrost": (nofrost, [*NOFROST, "--norms", "nf,bn"], 2),
+    "nofrost dual-bn": (nofrost, [*NOFROST, "--norms", "dual-bn"], 2),  # one for each statistics
+    "nofrost trades": (nofrost, [*NOFROST, "--norms", "none", "--loss", "trades"], 1),
+    "fixup": (fixup_penalty, [*FIXUP, "--variants", "none,fixup+penalty,bn+dropout,bn-aux",
+                              "--aux-batch", "20"], 4),
+    "norms": (fixup_penalty, [*FIXUP, "--variants", "gn,in,ln,noise,bn-population,noisy-bn,l1,linf,"
+                              "l2,bn"], 10),
+}  # fmt: skip
+
+
+FAST = ("ct", "nofrost dual-bn", "norms")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_each_network_is_one_graph(tmp_path, monkeypatch, name):
+    """More networks of a class than torch compiles (8) are no limit, for each loop starts anew."""
+    script, options, graphs = CASES[name]
+    counter = CompileCounter()
+    compile_with = torch.compile
+
+    def counted(model, mode=None):
+        return compile_with(model, backend=counter, fullgraph=True)  # a break is an error
+
+    monkeypatch.setattr(torch, "compile", counted)
+    torch.compiler.reset()
+    script.main(script.parse_args([*options, "--out", str(tmp_path)]))
+    assert counter.frame_count == graphs
+    torch.compiler.reset()
+
+
+def test_compile_is_the_default_where_a_gpu_has_triton(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has_triton in (True, False):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda has=has_triton: has)
+        assert loop.wants_compiled({"compile": None}, gpu) == has_triton
+        assert not loop.wants_compiled({"compile": None}, cpu)
+        for device in (cpu, gpu):
+            assert loop.wants_compiled({"compile": True}, device)
+            assert not loop.wants_compiled({"compile": False}, device)
+
+
+def test_kernels_are_launched_together_on_one_gpu(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: modes.append(mode))
+    run.compiled(None, torch.device("cuda"))
+    run.compiled(None, torch.device("cpu"))
+    monkeypatch.setattr("common.run.device.world", lambda: 2)
+    run.compiled(None, torch.device("cuda"))
+    assert modes == ["reduce-overhead", None, None]
