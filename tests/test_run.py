@@ -17,6 +17,7 @@ from common.run import UserError
 
 class Args:
     out, overwrite, resume, seed, dataset, arch = None, False, None, 0, "shapes", "resnet8"
+    differs, eval_every, log_every, save_every, save_minutes = {}, 1, 50, 1, None
 
     def __init__(self, **options):
         self.__dict__.update({k: getattr(Args, k) for k in vars(Args) if k[0] != "_"} | options)
@@ -152,21 +153,24 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_run_directory(tmp_path):
-    """One event file with scalars, the options and HPARAMS; args.json; log.jsonl; the source."""
+    """A sub-run per network with scalars, the options and HPARAMS; args.json; log.jsonl; source."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = Args(out=str(tmp_path / "r"))
-    record = run.Run(args, __file__, ["error/final"])
-    record.scalars(1, {"loss": 2.5})
-    record.record(step=1, loss=2.5)
-    record.close({"error/final": 10.0})
-    assert len(list((tmp_path / "r").rglob("events.out*"))) == 1
-    events = EventAccumulator(str(tmp_path / "r")).Reload()
-    assert events.Scalars("loss")[0].value == 2.5
-    assert events.Scalars("error/final")[-1].value == 10.0
-    plugins = events.summary_metadata
-    assert "arguments/text_summary" in plugins
-    assert any("hparams" in tag for tag in plugins)
+    rundir = run.RunDir(Args(out=str(tmp_path / "r")), __file__, results=["error"])
+    for stage in ("a", "b"):
+        rundir.scalars(stage, 1, {"loss": 2.5})
+        rundir.scalars(stage, 2, {"loss": 1.5})
+    rundir.log(step=1, loss=2.5)
+    rundir.close({"error/a": 10.0, "error/b": 20.0})
+    assert len(list((tmp_path / "r").rglob("events.out*"))) == 2
+    for stage, error in (("a", 10.0), ("b", 20.0)):
+        events = EventAccumulator(str(tmp_path / "r" / stage)).Reload()
+        assert [point.value for point in events.Scalars("loss")] == [2.5, 1.5]
+        (final,) = [p for p in events.Scalars("final/error") if p.value == p.value]
+        assert (final.step, final.value) == (2, error)
+        plugins = events.summary_metadata
+        assert "arguments/text_summary" in plugins
+        assert any("hparams" in tag for tag in plugins)
     lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert [line.get("event") for line in lines] == ["start", None, "end"]
     assert json.loads((tmp_path / "r" / "args.json").read_text())["dataset"] == "shapes"
@@ -175,19 +179,21 @@ def test_run_directory(tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path):
     args = Args(out=str(tmp_path))
-    run.Run(args, __file__).close({})
+    rundir = run.RunDir(args, __file__)
+    rundir.scalars("a", 1, {"loss": 1.0})
+    rundir.close({})
     before = (tmp_path / "log.jsonl").read_text()
     with pytest.raises(UserError, match="holds a run already"):
-        run.Run(args, __file__)
+        run.RunDir(args, __file__)
     assert (tmp_path / "log.jsonl").read_text() == before
-    run.Run(Args(out=str(tmp_path), overwrite=True), __file__).close({})
-    assert len(list(tmp_path.glob("events.out*"))) == 1
+    run.RunDir(Args(out=str(tmp_path), overwrite=True), __file__).close({})
+    assert not list(tmp_path.rglob("events.out*"))
 
 
 def test_unwritable_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the run directory"):
-        run.Run(Args(out=str(tmp_path / "file" / "r")), __file__)
+        run.RunDir(Args(out=str(tmp_path / "file" / "r")), __file__)
 
 
 def test_check_finite():

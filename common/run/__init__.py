@@ -54,8 +54,6 @@ from common.run.evaluate import (
     warn_of_chance,
 )
 from common.run.loop import Loop
-from common.run.old_guard import Guard
-from common.run.old_run import Run, on_signal
 from common.run.pictures import captioned
 from common.run.plot import line_plot
 from common.run.progress import Progress, clock
@@ -81,13 +79,11 @@ __all__ = [
     "ROOT",
     "Diverged",
     "Flag",
-    "Guard",
     "Loop",
     "Parser",
     "Precision",
     "Progress",
     "Results",
-    "Run",
     "RunDir",
     "Sum",
     "UserError",
@@ -134,7 +130,6 @@ __all__ = [
     "metrics_of",
     "nonnegative",
     "older",
-    "on_signal",
     "parse",
     "positive",
     "predict",

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.run import old_run
 from common.run.device import environment_number, world
 from common.run.errors import UserError
 from common.run.progress import Lasting
-from common.run.rundir import read_options
+from common.run.rundir import SIGNALS, read_options
 
 # Options that say where and how a run is made, not what it is: they are no part of its name.
 PLUMBING = {
@@ -24,6 +23,11 @@ PLUMBING = {
     "save_every", "save_minutes", "compile", "eval_every", "corrupted_images", "robust_images",
     "probe_images", "capture", "baseline", "teacher", "deepaug_dir", "weights",
 }  # fmt: skip
+
+
+def leave(number, frame):
+    """Leave through the cleaning up. A training's RunDir has a handler of its own."""
+    sys.exit(128 + number)
 
 
 def cli(main, parse_args):
@@ -34,9 +38,9 @@ def cli(main, parse_args):
     own = 0
     sys.stdout = Lasting(sys.stdout)
     sys.stderr = Lasting(sys.stderr)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), old_run.on_signal)
+    for name in SIGNALS:
+        if name != "SIGINT":  # Python makes a KeyboardInterrupt of it
+            signal.signal(getattr(signal, name), leave)
     try:
         own = environment_number("RANK", 0)
         if own:
