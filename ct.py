@@ -33,7 +33,6 @@ the domains, all of the left-out domain is the test, no colour jitter, BatchNorm
 
 import copy
 import math
-import statistics
 from typing import NamedTuple
 
 import torch
@@ -44,68 +43,45 @@ from common import corruptions, data, models, run
 # --- options ------------------------------------------------------------------------------------
 
 NORMS = ("bn", "gn", "in", "ln", "none")
+USUAL = {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5}
 DEFAULTS = {
     "shapes": {"arch": "wrn10-1", "epochs": 8, "lam": 20.0, "eval_every": 1},
-    "cifar10": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
-    "cifar100": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
-    "svhn": {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5},
-    "folders": {"arch": "resnet18", "epochs": 90, "lam": 5.0, "eval_every": 5},
+    **dict.fromkeys(("cifar10", "cifar100", "svhn"), USUAL),
+    "folders": USUAL | {"arch": "resnet18", "epochs": 90},
 }
 
 
 def parse_args(argv=None):
+    positive, nonnegative = run.positive, run.nonnegative
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
-    group = run.add_recipe_arguments(parser, DEFAULTS)
-    group.add_argument("--norm", default="bn", choices=NORMS, help="the student's normaliser")
-    group.add_argument(
+    add = run.add_recipe_arguments(parser, DEFAULTS).add_argument
+    add("--norm", default="bn", choices=NORMS, help="the student's normaliser")
+    add(
         "--pretrained", nargs="?", const="torchvision", metavar="FILE",
         help="start from torchvision's ImageNet weights in its cache, or in FILE (default: no)",
     )  # fmt: skip
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--lam", type=run.nonnegative(float),
-        help=f"weight of L_ct; 0 trains without a teacher; {run.by_data(DEFAULTS, 'lam')}",
-    )  # fmt: skip
-    group.add_argument(
-        "--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct"
-    )
-    group.add_argument(
-        "--match", choices=["features", "logits"],
-        help="what L_ct compares (default: logits for kl, else features)",
-    )  # fmt: skip
-    group.add_argument(
-        "--temperature", type=run.positive(float), default=4.0, help="of --distance kl"
-    )
-    group.add_argument(
-        "--student-init", default="fresh", choices=["fresh", "teacher"],
-        help="fresh weights, or the teacher's convolutions",
-    )  # fmt: skip
-    group.add_argument(
-        "--teacher", metavar="CKPT", help="use this teacher (default: train one in this run)"
-    )
-    group.add_argument(
-        "--teacher-epochs", type=run.positive(int),
-        help="epochs of the teacher (default: twice --epochs for shapes, else --epochs)",
-    )  # fmt: skip
-    group.add_argument(
-        "--teacher-lr", type=run.positive(float), default=0.2, help="its peak learning rate"
-    )
-    group.add_argument(
-        "--teacher-clip", type=run.nonnegative(float), default=1.0,
-        help="its largest gradient norm; 0: none",
-    )  # fmt: skip
-    group.add_argument(
-        "--baseline", action=run.Flag, default=True, help="train the network without CT too"
-    )
+    add = parser.add_argument_group("method").add_argument
+    add("--lam", type=nonnegative(float), help="weight of L_ct; 0 trains without a teacher")
+    add("--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct")
+    match = "what L_ct compares (default: features, for kl logits)"
+    add("--match", choices=["features", "logits"], help=match)
+    add("--temperature", type=positive(float), default=4.0, help="of --distance kl")
+    starts = ["fresh", "teacher"]
+    add("--student-init", default="fresh", choices=starts, help="fresh, or with its convolutions")
+    add("--teacher", metavar="CKPT", help="use this teacher (default: train one in this run)")
+    add("--teacher-epochs", type=positive(int), help="its length (default: --epochs, shapes twice)")
+    add("--teacher-lr", type=positive(float), default=0.2, help="its peak learning rate")
+    add("--teacher-clip", type=nonnegative(float), default=1.0, help="its largest gradient norm")
+    add("--baseline", action=run.Flag, default=True, help="train the network without CT too")
     run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser)
+    run.defaults_by_data(parser, DEFAULTS)
     parser.set_defaults(dataset="shapes-shortcut")
     args = run.parse(parser, argv)
     run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
-    args.teacher_epochs = args.teacher_epochs or args.epochs * (
-        1 + args.dataset.startswith("shapes")
-    )
+    twice = 2 if args.dataset.startswith("shapes") else 1
+    args.teacher_epochs = args.teacher_epochs or twice * args.epochs
     args.match = args.match or ("logits" if args.distance == "kl" else "features")
     if args.distance == "kl" and args.match != "logits":
         raise run.UserError("--distance kl compares distributions: use --match logits")
@@ -142,17 +118,6 @@ def build(norm, args, dataset, device):
     if args.pretrained:
         models.load_pretrained(model, args.pretrained)
     return model.to(device, memory_format=torch.channels_last)
-
-
-def load_teacher(path, args, num_classes, device):
-    """The frozen teacher of a checkpoint; UserError if it cannot teach this student."""
-    checkpoint = run.load_checkpoint(path, device)
-    for key, wanted in (("arch", args.arch), ("num_classes", num_classes)):
-        if checkpoint[key] != wanted:
-            raise run.UserError(
-                f"--teacher {path}: its {key} is {checkpoint[key]}, the student's is {wanted}"
-            )
-    return models.from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -223,109 +188,75 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
 
 # --- main ---------------------------------------------------------------------------------------
 
-
-def each_domain(args):
-    """A run for every domain left out, then a table. Returns {"<metric>/<network>/<domain>": v}."""
-    names = data.domain_names(args.dataset, args.data_dir)
-    found = run.repeat(main, args, {name: {"test_domain": name} for name in names})
-    rows = []
-    for stage in ("teacher", "baseline", "student"):
-        values = [100 - f[f"error/{stage}"] for f in found.values() if f"error/{stage}" in f]
-        if values:
-            rows.append([stage, *values, statistics.mean(values)])
-    print(f"\n{run.table(rows, ['accuracy % on', *names, 'average'])}")
-    print(f"Each domain was left out of training once: {args.dataset}, seed {args.seed}.")
-    again = run.command("eval/domains.py", args.out, "--data-dir", args.data_dir)
-    print(f"Over seeds: {again}")
-    return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
+TITLES = {"teacher": "teacher", "baseline": "baseline", "student": "CT"}
+SHOWN = {"error": "clean", "corrupted": "corrupted", **data.SHORTCUT_TESTS}
 
 
 def main(args):
     if args.seeds > 1:
         return run.each_seed(main, args)
     if args.test_domain == "all":
-        return each_domain(args)
+        return run.each_domain(main, args, data.domain_names(args.dataset, args.data_dir), TITLES)
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
     task = make_task(dataset, args)
     student = build(args.norm, args, dataset, device)
-    teacher = None
+    teacher, networks = None, {"student": student}
     if args.lam or args.student_init == "teacher":
         if args.teacher:
-            teacher = load_teacher(args.teacher, args, len(dataset.classes), device)
+            teacher = models.load_teacher(args.teacher, student, device)
         else:
             teacher = build("none", args, dataset, device)
+        baseline = {"baseline": copy.deepcopy(student)} if args.baseline else {}
+        networks = {"teacher": teacher, **baseline, "student": student}
     results = ("error", "corrupted", *dataset.shortcut_tests)
     rundir = run.RunDir(args, __file__, precision, "student", results)  # from here on files appear
 
-    networks = {}
-    trains_teacher = teacher is not None and not args.teacher
-    trains_baseline = teacher is not None and args.baseline
-    rundir.plan(
-        teacher=args.teacher_epochs * trains_teacher,
-        baseline=args.epochs * trains_baseline,
-        student=args.epochs,
-    )
+    own = run.changed(args, epochs=args.teacher_epochs, lr=args.teacher_lr, clip=args.teacher_clip)
+    epochs = dict.fromkeys(networks, args.epochs) | {"teacher": 0 if args.teacher else own.epochs}
+    rundir.plan(**{name: epochs[name] for name in networks})
     if teacher is not None:
-        if trains_teacher:
-            own = run.changed(
-                args, epochs=args.teacher_epochs, lr=args.teacher_lr, clip=args.teacher_clip
-            )
+        if not args.teacher:
             train("teacher", teacher, own, task, rundir, precision)
-        networks["teacher"] = teacher.requires_grad_(False).eval()
-        if trains_baseline:
-            networks["baseline"] = copy.deepcopy(student)
-            train("baseline", networks["baseline"], args, task, rundir, precision)
+        teacher.requires_grad_(False).eval()
         if args.student_init == "teacher":
             models.copy_matching_weights(teacher, student)
-    networks["student"] = student
+    if "baseline" in networks:
+        train("baseline", networks["baseline"], args, task, rundir, precision)
     train("student", student, args, task, rundir, precision, teacher=teacher if args.lam else None)
     return report(networks, dataset, args, rundir, precision)
 
 
-TITLES = {"teacher": "teacher", "baseline": "baseline", "student": "CT"}
-SHOWN = {"without": "shortcut removed", "swapped": "shortcut swapped"}
-
-
 def report(networks, dataset, args, rundir, precision):
     """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
-    error = {k: run.evaluate(m, dataset.test, precision)["error"] for k, m in networks.items()}
-    run.warn_of_chance({TITLES[k]: 100 - v for k, v in error.items()}, len(dataset.classes))
-    final = {f"error/{k}": v for k, v in error.items()}
-    columns = {"clean": {k: 100 - v for k, v in error.items()}}
-    few = dataset.test.take(slice(0, args.corrupted_images))
+    errors = {}
+    for metric, images in {"error": dataset.test, **dataset.shortcut_tests}.items():
+        errors[metric] = run.errors_of(networks, images, precision)
     if args.corrupted_images:
-        errors = corruptions.corruption_errors(
+        few = dataset.test.take(slice(0, args.corrupted_images))
+        errors["corrupted"] = corruptions.corruption_errors(
             networks, few, precision, args.data_dir, dataset.scale
         )
-        final |= {f"corrupted/{k}": v for k, v in errors.items()}
-        columns["corrupted"] = {k: 100 - v for k, v in errors.items()}
-    for name, images in dataset.shortcut_tests.items():
-        errors = {k: run.evaluate(m, images, precision)["error"] for k, m in networks.items()}
-        final |= {f"{name}/{k}": v for k, v in errors.items()}
-        columns[SHOWN[name]] = {k: 100 - v for k, v in errors.items()}
+    final = {f"{metric}/{k}": v for metric, row in errors.items() for k, v in row.items()}
     rundir.close(final)
 
-    rows = []
-    for key, model in networks.items():
-        title = f"{TITLES[key]} ({args.arch}, {model.spec['norm']})"
-        rows.append([title, *(column[key] for column in columns.values())])
-    print(f"\n{run.table(rows, ['accuracy %, higher is better', *columns])}")
+    named = {metric: {TITLES[k]: v for k, v in row.items()} for metric, row in errors.items()}
+    columns = run.accuracy_columns(named, SHOWN)
+    run.warn_of_chance(columns["clean"], len(dataset.classes))
+    run.print_table(columns)
     chosen = "epoch of least validation error" if args.test_domain else "last epoch"
     tested = f"{args.dataset} {args.test_domain or 'test'}, {len(dataset.test)} images"
-    print(f"{tested}, {chosen}, seed {args.seed}")
+    print(f"{tested}, {args.arch}, {chosen}, seed {args.seed}")
     if args.corrupted_images:
-        texture = corruptions.frost_textures(data_dir=args.data_dir)[1]
-        print(f"corrupted: mean of 15 corruptions x 5 severities, {len(few)} images, generated")
-        print(f"  with seed 0; frost: {texture}")
-    print("\nPaper: without BatchNorm less clean and more corrupted accuracy; CT keeps both.")
-    print(f"Here: {verdict(columns)}")
-    print("\nNext:")
-    print("  tensorboard --logdir runs                              # the curves of this run")
-    again = run.command("eval/corruptions.py", rundir.dir / "last.pt")
-    print(f"  {again}   # each corruption")
-    print("  python ct.py --dataset cifar10 --arch wrn16-1 --epochs 20     # real images")
+        print(corruptions.describe(len(few), args.data_dir))
+    paper = "without BatchNorm less clean and more corrupted accuracy; CT keeps both."
+    following = {
+        "tensorboard --logdir runs": "the curves of this run",
+        run.command("eval/corruptions.py", rundir.dir / "last.pt"): "each corruption",
+        "python ct.py --dataset cifar10 --arch wrn16-1 --epochs 20": "real images",
+    }
+    run.print_findings(paper, verdict(columns), following)
     return final
 
 
@@ -334,17 +265,13 @@ def verdict(columns):
     clean, swapped = columns["clean"], columns.get(SHOWN["swapped"])
     if swapped:
         words = []
-        for key, title in TITLES.items():
-            if key in swapped:
-                reads = swapped[key] < clean[key] / 2
-                verb = "reads the shortcut" if reads else "looks at the picture"
-                words.append(
-                    f"{title} {verb} ({clean[key]:.1f} % with it, {swapped[key]:.1f} % swapped)"
-                )
+        for name, value in swapped.items():
+            verb = "reads the shortcut" if value < clean[name] / 2 else "looks at the picture"
+            words.append(f"{name} {verb} ({clean[name]:.1f} % with it, {value:.1f} % swapped)")
         return "; ".join(words) + "."
     corrupted = columns.get("corrupted", clean)
-    words = [f"{TITLES[k]} {clean[k]:.1f} / {corrupted[k]:.1f} %" for k in clean]
-    gain = corrupted["student"] - corrupted.get("baseline", corrupted["student"])
+    words = [f"{name} {clean[name]:.1f} / {corrupted[name]:.1f} %" for name in clean]
+    gain = corrupted["CT"] - corrupted.get("baseline", corrupted["CT"])
     return f"clean / corrupted: {', '.join(words)}; CT against baseline {gain:+.1f}."
 
 

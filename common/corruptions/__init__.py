@@ -20,7 +20,7 @@ Frost needs six photographs that are not part of this project: see `frost_textur
 """
 
 from common.corruptions.engine import CHUNK, apply, corrupt, draw
-from common.corruptions.measure import corruption_errors
+from common.corruptions.measure import corruption_errors, describe
 from common.corruptions.names import (
     EVERY,
     EXTRA,
@@ -34,5 +34,5 @@ from common.corruptions.weather import FROST_FILES, frost_textures
 
 __all__ = [
     "CHUNK", "EVERY", "EXTRA", "FROST_FILES", "NAMES", "SEVERITIES", "SIZES", "apply", "corrupt",
-    "corruption_errors", "draw", "frost_textures", "listed_names", "listed_severities",
+    "corruption_errors", "describe", "draw", "frost_textures", "listed_names", "listed_severities",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ import torch
 from common import run
 from common.corruptions.engine import corrupt
 from common.corruptions.names import NAMES
+from common.corruptions.weather import frost_textures
 
 
 def corruption_errors(networks, images, precision=None, data_dir="data", scale=None):
@@ -18,3 +19,11 @@ def corruption_errors(networks, images, precision=None, data_dir="data", scale=N
             for key, model in networks.items():
                 sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}
+
+
+def describe(count, data_dir="data"):
+    """What stands under a column of `corruption_errors` of so many images."""
+    return (
+        f"corrupted: mean of 15 corruptions x 5 severities, {count} images, generated with seed 0\n"
+        f"  frost: {frost_textures(data_dir=data_dir)[1]}"
+    )

@@ -35,6 +35,7 @@ from common.data.sets import (
     stratified_split,
     test_options,
 )
+from common.data.shortcut import SHORTCUT_TESTS
 from common.data.streams import STREAMS, Streams, check_streams, debias_texture
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "NAMES",
     "PHOTOGRAPHS",
     "SHAPES_SIZES",
+    "SHORTCUT_TESTS",
     "STATS",
     "STREAMS",
     "Batches",

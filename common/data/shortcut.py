@@ -20,6 +20,8 @@ from common.data.folders import Images
 from common.data.shapes import FREQUENCIES
 
 MOST = 16  # grey levels
+# Test sets beside the usual one, and their columns in tables.
+SHORTCUT_TESTS = {"without": "shortcut removed", "swapped": "shortcut swapped"}
 # Cycles per pixel beyond those of `shapes`: all periods below six pixels, for up to 200 classes.
 MORE = (
     1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 5, 2 / 7, 3 / 7, 3 / 8, 2 / 9, 4 / 9, 3 / 10, 3 / 11, 4 / 11,

@@ -77,6 +77,7 @@ from common.models.weights import (
     from_torchvision,
     load_foreign,
     load_pretrained,
+    load_teacher,
 )
 from common.models.zoo import (
     ARCHS,
@@ -157,6 +158,7 @@ __all__ = [
     "init_without_norm",
     "load_foreign",
     "load_pretrained",
+    "load_teacher",
     "make_cifar_resnet",
     "make_imagenet_resnet",
     "make_norm_free",

@@ -8,7 +8,7 @@ from torch import nn
 
 from common import run
 from common.models.layers import Normalize
-from common.models.zoo import IMAGENET_RESNETS, build
+from common.models.zoo import IMAGENET_RESNETS, build, from_checkpoint
 from common.run import UserError
 
 RENAMES = [  # names in other projects' checkpoints -> names here
@@ -117,6 +117,18 @@ def fold(conv, norm):
         bias = bias + conv.bias.double() * scale
     weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def load_teacher(path, student, device):
+    """The network of a checkpoint, in eval mode, to teach `student` on `device`.
+
+    Raises UserError where its architecture or its number of classes is another."""
+    checkpoint = run.load_checkpoint(path, device)
+    for key in ("arch", "num_classes"):
+        own, wanted = checkpoint[key], student.spec[key]
+        if own != wanted:
+            raise UserError(f"--teacher {path}: its {key} is {own}, the student's is {wanted}")
+    return from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
 
 
 def load_pretrained(model, file):

@@ -45,6 +45,7 @@ from common.run.errors import Diverged, UserError, check_finite
 from common.run.evaluate import (
     accuracy,
     counts,
+    errors_of,
     eval_mode,
     evaluate,
     metrics,
@@ -57,7 +58,8 @@ from common.run.loop import Loop
 from common.run.pictures import captioned
 from common.run.plot import line_plot
 from common.run.progress import Progress, clock
-from common.run.repeat import each_seed, repeat
+from common.run.repeat import each_domain, each_seed, repeat
+from common.run.report import accuracy_columns, print_findings, print_table
 from common.run.results import (
     Results,
     add_table_arguments,
@@ -88,6 +90,7 @@ __all__ = [
     "Sum",
     "UserError",
     "accuracy",
+    "accuracy_columns",
     "add_arguments",
     "add_evaluation_arguments",
     "add_recipe_arguments",
@@ -107,7 +110,9 @@ __all__ = [
     "custom_scalars",
     "defaults_by_data",
     "defaults_for",
+    "each_domain",
     "each_seed",
+    "errors_of",
     "eval_mode",
     "evaluate",
     "fill",
@@ -133,6 +138,8 @@ __all__ = [
     "parse",
     "positive",
     "predict",
+    "print_findings",
+    "print_table",
     "rank",
     "repeat",
     "row_titles",

@@ -115,6 +115,9 @@ def listed(kind):
     return parse
 
 
+METAVARS = {"int": "N", "float": "X", "list of float": "X,X,...", "list of str": "NAME,..."}
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every option once, and never "None"."""
 
@@ -128,6 +131,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         if isinstance(value, (list, tuple)):
             value = ",".join(map(str, value))
         return f"{text} (default: {str(value).replace('%', '%%')})"
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", "str")
+        return METAVARS.get(kind, action.dest.upper())
 
     def _metavar_formatter(self, action, default_metavar):
         if action.choices and len(action.choices) > 8 and not action.metavar:

@@ -90,6 +90,11 @@ def evaluate(model, x, y=None, precision=None, batch_size=500, mine=False):
     return metrics_of(summed(found))
 
 
+def errors_of(networks, images, precision=None):
+    """{name: error (%)} of networks {name: model} on the same images."""
+    return {name: evaluate(m, images, precision)["error"] for name, m in networks.items()}
+
+
 def accuracy(logits, y):
     """Percent of logits (N,K) whose largest is the label, 0-d, on their device."""
     return 100 * (logits.detach().argmax(1) == y).float().mean()

@@ -3,7 +3,8 @@
 import statistics
 from pathlib import Path
 
-from common.run.cli import changed
+from common.run.cli import changed, command
+from common.run.report import print_average
 from common.run.results import table
 from common.run.rundir import default_name
 
@@ -43,4 +44,15 @@ def each_seed(main, args):
             row.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
         rows.append(row)
     print(f"\n{table(rows, [f'mean +- sd of {args.seeds} seeds', *metrics])}")
+    return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
+
+
+def each_domain(main, args, domains, networks):
+    """`main` for every domain left out of training, then a table of accuracies.
+
+    networks: their names in the final numbers. Returns {"<metric>/<network>/<domain>": value}."""
+    found = repeat(main, args, {name: {"test_domain": name} for name in domains})
+    print_average(found, "error", networks, domains)
+    print(f"Each domain was left out of training once: {args.dataset}, seed {args.seed}.")
+    print(f"Over seeds: {command('eval/domains.py', args.out, '--data-dir', args.data_dir)}")
     return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
