@@ -180,6 +180,15 @@ def test_damaged_files_do_not_end_the_process(tmp_path, count):
     assert count < len(reasons) < 6 * count  # both outcomes occur
 
 
+def test_what_is_no_file_is_not_opened(tmp_path):
+    """A pipe without a writer would be waited for without end."""
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    for name in ("a.png", "b.png"):
+        with pytest.raises(folders.Unreadable, match="no file but"):
+            folders.decode(str(tmp_path / name))
+
+
 def test_mixed_sizes(tmp_path):
     make_tree(tmp_path / "train", {"a": 3}, height=20, width=80)
     make_tree(tmp_path / "train", {"b": 3}, height=120, width=15)

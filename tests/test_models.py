@@ -315,3 +315,25 @@ def test_stem_of_foreign_weights():
     for built, dataset in ((224, "pacs"), (32, "pacs"), (64, "tiny-imagenet"), (224, "imagenet")):
         state = models.build("resnet18", "bn", 7, built).state_dict()
         assert weights.image_size_of(state, dataset) == built
+
+
+def test_weights_of_another_network_in_a_checkpoint():
+    """Each is one line with its reason; a number of classes that fills memory is not tried."""
+    model = models.build("resnet8")
+    content = model.spec | {"format": 1, "model": model.state_dict()}
+    names = sorted(content["model"])
+    for change, text in (
+        ({"arch": "resnet14"}, "no resnet14 with norm bn"),
+        ({"num_classes": 10**12}, "num_classes is 10000"),
+        ({"model": {}}, "num_classes is 10"),
+        (
+            {"model": content["model"] | {names[0]: torch.ones(2, 3)}},
+            f"1 entries differ, as {names[0]}",
+        ),
+        ({"model": content["model"] | {"x": torch.ones(1)}}, "1 entries differ, as x"),
+    ):
+        with pytest.raises(UserError, match=text):
+            models.from_checkpoint(content | change)
+    del content["norm"]
+    with pytest.raises(UserError, match="has no norm"):
+        models.from_checkpoint(content)

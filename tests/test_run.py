@@ -131,6 +131,20 @@ def test_foreign_or_newer_checkpoint(tmp_path, content, text):
         run.load_checkpoint(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", "1"), ("arch", 3), ("norm", None), ("num_classes", 2.5), ("num_classes", True),
+        ("args", [1]), ("args", {1: 2}), ("model", []), ("model", {"x": 1}), ("dataset", b"x"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_named(tmp_path, name, value):
+    content = {"format": 1, **models.build("resnet8").spec, "model": {"x": torch.ones(1)}}
+    torch.save(content | {name: value}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=f"last.pt: its {name} is .* intact copy"):
+        run.load_checkpoint(tmp_path / "last.pt")
+
+
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         run.load_checkpoint(tmp_path / "none.pt")

@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import random
 import signal
+import stat
 import sys
 import threading
 import time
@@ -219,6 +220,8 @@ def decode(path):
     from PIL import Image, UnidentifiedImageError
 
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer
+            raise Unreadable("no file but a folder, a pipe or a device")
         with open(path, "rb") as file:
             content = io.BytesIO(file.read())
         with warnings.catch_warnings():
@@ -233,6 +236,8 @@ def decode(path):
         raise Unreadable(
             "no image of a known format, or truncated" if content.getvalue() else "empty"
         ) from None
+    except Unreadable:
+        raise
     except Exception as error:  # Pillow's: OSError, SyntaxError, struct.error, ValueError, ...
         if isinstance(error, OSError) and error.errno in FULL:
             raise UserError(f"{error.strerror}; raise the limit (ulimit -n)") from None

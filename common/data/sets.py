@@ -265,6 +265,9 @@ def read_npz(path):
             )
         x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
         parts.append(Images(x, torch.from_numpy(y.astype(np.int64))))
+    sizes = [p.x.shape[-1] for p in parts]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{path}: x_train has {sizes[0]} pixels a side and x_test {sizes[1]}")
     if (parts[1].y.diff() >= 0).all():  # by class
         parts[1] = parts[1].take(shuffled(len(parts[1].y)))
     count = int(max(p.y.max() for p in parts)) + 1
@@ -276,7 +279,16 @@ def read_npz(path):
             f"{path}: the labels are {first} to {count - 1}; number the classes from 0 (in SVHN's "
             ".mat files the digit 0 is 10: take y % 10)"
         )
-    classes = [str(c) for c in arrays.get("classes", range(count))]
+    seen = len(torch.cat([p.y for p in parts]).unique())
+    if "classes" not in arrays and count > 2 * seen:  # a sentinel, as 255, or not numbered from 0
+        raise UserError(
+            f"{path}: labels up to {count - 1} but only {seen} classes have images; number the "
+            "classes without gaps, or add an array `classes` of all names"
+        )
+    classes = arrays.get("classes", np.arange(count))
+    if classes.ndim != 1:
+        raise UserError(f"{path}: classes must be names (K,), is {classes.dtype} {classes.shape}")
+    classes = [str(name) for name in classes]
     if len(classes) < count:
         raise UserError(f"{path}: {len(classes)} class names for labels up to {count - 1}")
     return *parts, classes

@@ -164,8 +164,31 @@ def build(arch, norm="bn", num_classes=10, image_size=32, mean=(0.5,) * 3, std=(
 
 
 def from_checkpoint(checkpoint):
-    """The network of a checkpoint dict (`run.load_checkpoint`), in eval mode."""
+    """The network of a checkpoint dict (`run.load_checkpoint`), in eval mode.
+
+    Raises UserError where its fields are missing, or its weights are those of another network."""
     keys = ("arch", "norm", "num_classes", "image_size")
+    missing = [key for key in keys if key not in checkpoint]
+    if missing:
+        raise UserError(f"the checkpoint has no {missing[0]}: take an intact copy")
+    state = checkpoint["model"]
+    rows = max((len(value) for value in state.values() if value.ndim), default=0)
+    if checkpoint["num_classes"] > rows:  # such a head is not in the weights, and may fill memory
+        raise UserError(
+            f"the checkpoint's num_classes is {checkpoint['num_classes']}, which its weights are "
+            "too few for: take an intact copy"
+        )
     model = build(**{key: checkpoint[key] for key in keys})
-    model.load_state_dict(checkpoint["model"])
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys())
+    for name in sorted(own.keys() & state.keys()):
+        kinds = {value.is_floating_point() for value in (own[name], state[name])}
+        if own[name].shape != state[name].shape or len(kinds) == 2:
+            wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"the checkpoint's weights are no {checkpoint['arch']} with norm {checkpoint['norm']}: "
+            f"{len(wrong)} entries differ, as {wrong[0]}"
+        )
+    model.load_state_dict(state)
     return model.eval()

@@ -87,6 +87,27 @@ def save_checkpoint(path, checkpoint, keep=1):
         temporary.unlink(missing_ok=True)
 
 
+# Types of the fields that every reader of a checkpoint relies on.
+FIELDS = {
+    "format": int, "arch": str, "norm": str, "num_classes": int, "image_size": int, "dataset": str,
+    "method": str, "step": int, "args": dict, "model": dict,
+}  # fmt: skip
+
+
+def wrong_field(checkpoint):
+    """Name of a field of the checkpoint that has another type than FIELDS says; else None."""
+    for name, kind in FIELDS.items():
+        value = checkpoint.get(name, kind())
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return name
+    for name in ("args", "model"):
+        if not all(isinstance(key, str) for key in checkpoint.get(name, ())):
+            return name
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values()):
+        return "model"
+    return None
+
+
 def load_checkpoint(path, device="cpu", foreign=False):
     """Read a checkpoint without executing anything in it (weights_only).
 
@@ -116,6 +137,12 @@ def load_checkpoint(path, device="cpu", foreign=False):
         raise UserError(
             f"{path}: not a checkpoint of this project; for the state_dict of another one give "
             "--arch, --dataset, --mean and --std to an eval script"
+        )
+    name = wrong_field(checkpoint)
+    if name:
+        raise UserError(
+            f"{path}: its {name} is {str(checkpoint[name])[:40]!r}, which no training writes; take "
+            "an intact copy"
         )
     if checkpoint["format"] > FORMAT:
         raise UserError(f"{path}: written by a newer version (format {checkpoint['format']})")
