@@ -143,7 +143,7 @@ def evaluation(args, scale, row, name, seed):
 
 def trainings_of(scale, row):
     """The trainings of a row: its own, and those that columns name."""
-    sources = [word for path in scale.columns.values() for word in path]
+    sources = [str(word) for path in scale.columns.values() for word in path]
     return [row.run, *(w.removeprefix("run ") for w in sources if w.startswith("run "))]
 
 
@@ -326,7 +326,7 @@ def missing_data(name, data_dir):
 
 def number(args, row, path, seed):
     """The number that a path of `Scale.columns` leads to, None where it is not there."""
-    source, *keys = [key.format(stage=row.stage) for key in path]
+    source, *keys = [k.format(stage=row.stage) if isinstance(k, str) else k for k in path]
     if source == "100 -":
         value = number(args, row, keys, seed)
         return None if value is None else 100 - value
@@ -334,8 +334,9 @@ def number(args, row, path, seed):
         name = source.removeprefix("run").strip() or row.run
         content = final_numbers(run_folder(args, name, seed))
     else:
-        content = read_json(result_file(args, row, source, seed))
-        content = content and content.get("checkpoints", [content])[0]
+        content = read_json(result_file(args, row, source, seed)) or {}
+        entry = keys.pop(0) if isinstance(keys[0], int) else 0
+        content = dict(enumerate(content.get("checkpoints", []))).get(entry)
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content

@@ -13,8 +13,9 @@ same seed. {network} is the row's checkpoint, {run} the row's run directory. Eve
 gets --seed, --data-dir, --out and --resume auto; every evaluation gets --data-dir and --json.
 
 A column's path begins with the name of an evaluation, whose JSON holds the networks under
-"checkpoints". The path goes on in the entry of the row's network. A path that begins with "run" is
-a final number of the row's training, with "run NAME" of another training; {stage} in it is the
+"checkpoints". The path goes on in the entry of the row's network; a number before it chooses a
+later entry, as that of the adapted network. A path that begins with "run" is a final number of
+the row's training, with "run NAME" of another training; {stage} in it is the
 row's network. "100 -" before a path turns an error into an accuracy. ("mean", A, B) is the mean of
 the columns A and B.
 
@@ -77,7 +78,7 @@ QUESTION_RUNS = {
     "fixup-penalty": f"{FIXUP} --norm fixup --penalty embedding",
 }
 QUESTION_EVALUATIONS = {
-    "corruptions": "eval/corruptions.py {network} --limit 2000 --precision bf16",
+    "corruptions": "eval/corruptions.py {network} --limit 2000 --adapt 200 --precision bf16",
     "linf": "eval/adversarial.py {network} --attacks apgd --eps 1 --limit 300 --precision bf16",
     "l2": "eval/adversarial.py {network} --attacks apgd --norm l2 --eps 63.75 --limit 300"
     " --precision bf16",
@@ -86,6 +87,7 @@ QUESTION_EVALUATIONS = {
 QUESTION_COLUMNS = {
     "clean error %": ("run", "error/{stage}"),
     "15 corruptions, error %": ("corruptions", "mean_corruption_error"),
+    "adapted, error %": ("corruptions", 1, "mean_corruption_error"),
     "4 extra, error %": ("corruptions", "extra_error"),
     "ECE clean %": ("corruptions", "clean", "ece"),
     "ECE corrupted %": ("corruptions", "mean_corruption_ece"),
@@ -100,7 +102,8 @@ QUESTION = Table(
     {
         "small": Scale(
             "WRN-16-1, 20 epochs, last epoch; clean: 10,000 test images; corruptions and ECE: "
-            "2,000; attacks (APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01",
+            "2,000; adapted: BatchNorm's statistics estimated on 200 of each corruption; attacks "
+            "(APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01",
             "cifar10", 3, 160, CORE,
             QUESTION_RUNS, QUESTION_EVALUATIONS, QUESTION_COLUMNS,
             (

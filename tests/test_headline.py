@@ -124,6 +124,30 @@ def test_runs_what_is_missing_and_writes_the_table(fake, tmp_path, capsys):
     assert headline.main(headline.parse_args(["--runs", str(tmp_path / "runs")]))[0][2] == "done"
 
 
+def test_where_numbers_stand(tmp_path):
+    args = headline.parse_args(["question", "--runs", str(tmp_path)])
+    row = Row("a", "a", "net", options={"e": "--gamma 0.5"})
+    for name, error in (("a", 30.0), ("b", 50.0)):
+        (tmp_path / "small" / f"{name}-s0").mkdir(parents=True)
+        line = json.dumps({"event": "end", "error/net": error})
+        (tmp_path / "small" / f"{name}-s0" / "log.jsonl").write_text(line + "\n")
+    entries = [{"x": {"y": 1.0}}, {"x": {"y": 2.0}}]
+    headline.result_file(args, row, "e", 0).write_text(json.dumps({"checkpoints": entries}))
+    columns = {
+        "own": ("run", "error/{stage}"), "other": ("100 -", "run b", "error/{stage}"),
+        "mean": ("mean", "own", "other"), "first": ("e", "x", "y"), "second": ("e", 1, "x", "y"),
+        "third": ("e", 2, "x", "y"), "nothing": ("e", "x", "z"),
+        "no mean": ("mean", "own", "third"),
+    }  # fmt: skip
+    scale = Scale("", "shapes", 1, 1, "", {}, {}, columns, (row,))
+    found = headline.numbers_of(args, scale, row, 0)
+    assert found == {
+        "own": 30.0, "other": 50.0, "mean": 40.0, "first": 1.0, "second": 2.0, "third": None,
+        "nothing": None, "no mean": None,
+    }  # fmt: skip
+    assert headline.trainings_of(scale, row) == ["a", "b"]
+
+
 def test_a_failed_training_is_a_row_that_says_so(fake, tmp_path, capsys):
     rows = (Row("good", "g", "net"), Row("bad", "a", "net"), Row("student", "b", "net"))
     runs = {"g": "--value 1", "a": "--fail 1 --value 5", "b": "--teacher {a}/last.pt"}
