@@ -1,9 +1,11 @@
 """Seeds, precision, metrics, checkpoints and the run directory."""
 
+import argparse
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +300,37 @@ def test_starts_without_what_windows_lacks(script):
         [sys.executable, "-c", code], cwd=run.ROOT, text=True, capture_output=True
     )
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+# --- out of memory --------------------------------------------------------------------------------
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB\nmore"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"batch_size": 128, "precision": "auto", "epochs": 3},
+         "with --batch-size 128 (Tried to allocate 2.00 GiB); "
+         "try --batch-size 64 or a smaller --arch"),
+        ({"batch_size": 1, "precision": "fp32", "epochs": 3, "capture": True},
+         "with --batch-size 1 (Tried to allocate 2.00 GiB); "
+         "try --precision bf16 or --no-capture or a smaller --arch"),
+        ({"batch_size": 100, "arch": None, "capture": False},
+         "with --batch-size 100 (Tried to allocate 2.00 GiB); try --batch-size 50"),
+        ({}, "(Tried to allocate 2.00 GiB); free the device, then repeat"),
+    ],
+)  # fmt: skip
+def test_out_of_memory_is_one_line_that_says_what_to_try(monkeypatch, capsys, options, line):
+    def main(args):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as end:
+        run.cli(main, lambda: argparse.Namespace(**options))
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: out of memory") and text.endswith(line + "\n")
+    assert text.count("\n") == 1

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.device import environment_number, world
-from common.run.errors import UserError
+from common.run.errors import UserError, out_of_memory
 from common.run.progress import Lasting
 from common.run.rundir import SIGNALS, read_options
 
@@ -36,6 +36,7 @@ def cli(main, parse_args):
     A training that was told to stop ends with status 75, a finished one with 0.
     """
     own = 0
+    args = argparse.Namespace()
     sys.stdout = Lasting(sys.stdout)
     sys.stderr = Lasting(sys.stderr)
     for name in SIGNALS:
@@ -45,7 +46,8 @@ def cli(main, parse_args):
         own = environment_number("RANK", 0)
         if own:
             sys.stdout = Lasting(open(os.devnull, "w"))  # one process prints
-        main(parse_args())
+        args = parse_args()
+        main(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}" if not own else f"process {own}: {error}", file=sys.stderr)
@@ -54,8 +56,7 @@ def cli(main, parse_args):
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
-        reason = str(error).strip().split("\n")[0][:100]
-        print(f"error: out of memory ({reason}); lower --batch-size", file=sys.stderr)
+        print(f"error: {out_of_memory(error, vars(args))}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         # Another process died; torchrun restarts the job.

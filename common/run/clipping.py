@@ -3,6 +3,12 @@
 import torch
 
 
+def unit_norms(x):
+    """Norms (units,) of the output units of a weight; a vector is one unit."""
+    axes = tuple(range(1, x.ndim)) if x.ndim > 1 else (0,)
+    return torch.linalg.vector_norm(x, dim=axes).view(-1)
+
+
 def clip_adaptively(model, ratio, eps=1e-3):
     """Adaptive gradient clipping (Brock et al. 2021, eq. 3), in place: the gradient of each output
     unit is at most `ratio` times the norm of its weights.
@@ -10,10 +16,13 @@ def clip_adaptively(model, ratio, eps=1e-3):
     `eps` stands in for weights that are smaller. Biases and gains have no fan-in, so each is one
     unit. As in the paper, the last layer ("fc") is left out.
     """
-    for name, p in model.named_parameters():
-        if p.grad is None or "fc." in name:
-            continue
-        axes = tuple(range(1, p.ndim)) if p.ndim > 1 else (0,)
-        size = torch.linalg.vector_norm(p.grad.detach(), dim=axes, keepdim=True)
-        weight = torch.linalg.vector_norm(p.detach(), dim=axes, keepdim=True)
-        p.grad.mul_((weight.clamp_min(eps) * ratio / size.clamp_min(1e-6)).clamp_max(1))
+    parameters = [p for n, p in model.named_parameters() if p.grad is not None and "fc." not in n]
+    if not parameters:
+        return
+    # One vector for the units of all parameters: a GPU gets three small kernels a parameter.
+    sizes = torch.cat([unit_norms(p.grad) for p in parameters])
+    weights = torch.cat([unit_norms(p.detach()) for p in parameters])
+    factors = (weights.clamp_min(eps) * ratio / sizes.clamp_min(1e-6)).clamp_max(1)
+    counts = [len(p) if p.ndim > 1 else 1 for p in parameters]
+    for p, factor in zip(parameters, factors.split(counts), strict=True):
+        p.grad.mul_(factor.view(-1, *[1] * (p.ndim - 1)))

@@ -1,6 +1,7 @@
 """The two errors that end a run in one line."""
 
 import math
+import re
 
 
 class UserError(Exception):
@@ -24,3 +25,25 @@ def check_finite(loss, step, lr, grad_norm=0.0):
             "stopped; the last checkpoint is from before. Lower --lr, raise --warmup, or --clip",
             step,
         )
+
+
+def out_of_memory(error, options):
+    """One line for a torch.OutOfMemoryError: the batch that did not fit, and what to try.
+
+    options: {name: value} of the script.
+    """
+    reason = str(error).strip().split("\n")[0]
+    asked = re.search(r"Tried to allocate [\d.]+ \w+", reason)
+    batch = options.get("batch_size")
+    tries = []
+    if batch and batch > 1:
+        tries.append(f"--batch-size {batch // 2}")
+    if options.get("precision") == "fp32":
+        tries.append("--precision bf16")
+    if options.get("capture"):
+        tries.append("--no-capture")
+    if "epochs" in options:  # of a training; an evaluation has the network that it has
+        tries.append("a smaller --arch")
+    where = f" with --batch-size {batch}" if batch else ""
+    text = f"out of memory{where} ({asked[0] if asked else reason[:100]}); "
+    return text + (f"try {' or '.join(tries)}" if tries else "free the device, then repeat")

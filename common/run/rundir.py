@@ -251,8 +251,12 @@ class RunDir:
             return
         states = state.get("optimizer", {}).get("state", {}).values()
         values = [*state["model"].values(), *(v for own in states for v in own.values())]
-        finite = [v.isfinite().all() for v in values if isinstance(v, torch.Tensor)]
-        if finite and not torch.stack([v.cpu() for v in finite]).all():
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        finite = all(  # the host waits once for a device
+            torch.stack([v.isfinite().all() for v in tensors if v.device == device]).all()
+            for device in {v.device for v in tensors}
+        )
+        if not finite:
             step = state.get("step")
             raise Diverged(f"{name}: weights not finite after {step} steps; not written", step)
         extra = {"method": self.method, "args": self.options, "versions": versions()}
