@@ -153,7 +153,8 @@ def expected_error(args, theta, sigma, shifted=()):
     """E (y - x theta)^2 over new samples, features `shifted` carrying noise of variance tau^2."""
     weight = sigma * theta
     error = (1 - args.rho * weight.sum()) ** 2 + (1 - args.rho**2) * weight.square().sum()
-    return (error + args.tau**2 * theta[list(shifted)].square().sum()).item()
+    shifted = torch.tensor([int(k) for k in shifted], dtype=torch.int64)
+    return (error + args.tau**2 * theta[shifted].square().sum()).item()
 
 
 def measure(args, trial):

@@ -240,6 +240,25 @@ def test_a_command_can_be_pasted_into_a_shell():
     ]
 
 
+def test_words_that_no_option_can_take():
+    parser = run.Parser("a.py", "Doc.")
+    parser.add_argument("--out")
+    with pytest.raises(UserError, match="--out: -- is no value"):
+        parser.parse_args(["--out=--"])
+    with pytest.raises(UserError, match=r"udcff' is no UTF-8"):
+        parser.parse_args(["--out", "a\udcff"])
+    assert parser.parse_args(["--out", "\u00fc"]).out == "\u00fc"
+
+
+def test_an_error_is_one_line(capsys):
+    def main(args):
+        raise UserError("a\nb: no such file")
+
+    with pytest.raises(SystemExit) as end:
+        run.cli(main, lambda: None)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: a b: no such file\n"
+
+
 # --- where it runs --------------------------------------------------------------------------------
 
 

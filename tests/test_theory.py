@@ -122,3 +122,10 @@ def test_bad_input(argv, monkeypatch):
     monkeypatch.setattr(theory, "two_features_numeric", lambda *a, **k: pytest.fail("work began"))
     with pytest.raises(UserError, match=argv[0]):
         theory.main(options(*argv))
+
+
+def test_few_low_variance_features():
+    """So few that a list of their numbers would index several dimensions of a tensor."""
+    result = theory.main(options("--features", "60", "--trials", "1", "--low", "3"))
+    shares = [part["share"]["mean"] for part in result["many_features"].values()]
+    assert all(0 < share < 100 for share in shares)

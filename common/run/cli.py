@@ -50,7 +50,8 @@ def cli(main, parse_args):
         main(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}" if not own else f"process {own}: {error}", file=sys.stderr)
+        reason = " ".join(str(error).splitlines())  # of a path, say, with a line break in its name
+        print(f"error: {reason}" if not own else f"process {own}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -183,6 +184,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse takes it for no value
+                self.error(f"argument {word[:-3]}: -- is no value")
+            if not word.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in word):
+                self.error(f"{word!a} is no UTF-8: TensorBoard and JSON need such names")
         return super().parse_known_args([home(word) for word in args], namespace)
 
     def error(self, message):
