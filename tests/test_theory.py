@@ -124,8 +124,12 @@ def test_bad_input(argv, monkeypatch):
         theory.main(options(*argv))
 
 
-def test_few_low_variance_features():
+def test_few_shifted_features():
     """So few that a list of their numbers would index several dimensions of a tensor."""
-    result = theory.main(options("--features", "60", "--trials", "1", "--low", "3"))
-    shares = [part["share"]["mean"] for part in result["many_features"].values()]
-    assert all(0 < share < 100 for share in shares)
+    args = options("--features", "60", "--low", "3", "--tau", "2")
+    theta = torch.arange(60, dtype=torch.float64)
+    sigma = torch.zeros(60, dtype=torch.float64)
+    shifted = torch.arange(57, 60)
+    expected = 1 + 4 * (57**2 + 58**2 + 59**2)
+    assert theory.expected_error(args, theta, sigma, shifted) == expected
+    theory.main(args)
