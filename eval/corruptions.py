@@ -35,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import corruptions, data, models, run
-from common.data import folders, trees
+from common.data import trees
 
 # AlexNet's errors on ImageNet-C, mean over 5 severities, in the order of corruptions.NAMES, from
 # the code of hendrycks/robustness.
@@ -156,17 +156,17 @@ def columns_of(networks, args):
 
 
 def score(columns, images, kind, parts, args, precision):
-    """The metrics of each column on images (x, y), this process's share.
+    """The metrics of each column on images: (this process's share, the number of all).
 
     kind: (corruption, severity), which with the seed chooses the images for --adapt. parts(rows):
     an iterable of batches on the device, of the images at the positions `rows` of the whole set.
     """
-    x, y, total = images
+    share, total = images
     metrics = []
     for column in columns:
         options = precision, args.batch_size, True
         if column.adapt is None:
-            metrics.append(run.evaluate(column.model, x, y, *options))
+            metrics.append(run.evaluate(column.model, share, *options))
             continue
         rows = torch.arange(total)
         if column.adapt != "all":
@@ -174,7 +174,7 @@ def score(columns, images, kind, parts, args, precision):
             rows = torch.randperm(total, generator=rng)[: column.adapt].sort().values
         source = args.adapt_source
         with models.adapted(column.model, parts(rows), len(rows), source, precision) as model:
-            metrics.append(run.evaluate(model, x, y, *options))
+            metrics.append(run.evaluate(model, share, *options))
     return metrics
 
 
@@ -315,11 +315,11 @@ class Arrays:
 
     def __init__(self, args, name, networks):
         options = data.test_options(name, networks) | {"strict": args.strict}
-        if name not in data.STATS:
+        if data.SETS[name].sized:
             options["image_size"] = networks[0][1].spec["image_size"]
         self.args = args
         self.dataset = dataset = data.load(name, args.data_dir, workers=args.workers, **options)
-        many = len(dataset.test.y) > 20_000 and isinstance(dataset.test.x, folders.Files)
+        many = len(dataset.test) > 20_000 and not dataset.test.in_memory
         if many and not 0 < args.limit <= 20_000:
             raise run.UserError(f"{name}: {len(dataset.test.y)} images; --limit 20000 or fewer")
         for _, model, facts in networks:
@@ -360,7 +360,7 @@ class Arrays:
         """Released or generated images (N,3,S,S) of the test rows `rows`, uint8."""
         if self.folder:
             return data.read_corrupted(self.folder, name, severity, rows)
-        x = self.dataset.test.x[rows]
+        x = self.dataset.test.take(rows, complete=True).x
         return corruptions.corrupt(
             x, name, severity, self.args.seed, rows.to(x.device), frost_dir=self.args.frost_dir,
             data_dir=self.args.data_dir, scale=self.dataset.scale,
@@ -379,7 +379,7 @@ class Arrays:
         return rows
 
     def clean(self, rows):
-        return self.dataset.test.x[self.own(rows)]
+        return self.dataset.test.take(self.own(rows), complete=True).x
 
 
 def evaluate_arrays(args, networks, name, device, precision):
@@ -418,7 +418,7 @@ def fill_arrays(args, images, columns, device, precision):
             return read(images.rows[rows]).to(device).split(args.batch_size)
 
         x = read(images.mine).to(device)
-        share = x, y.to(device), len(images.rows)
+        share = data.Images(x, y.to(device)), len(images.rows)
         found = score(columns, share, kind, parts, args, precision)
         progress.clear()
         return x, found
@@ -467,25 +467,22 @@ def fill_arrays(args, images, columns, device, precision):
 
 class Corrupted:
     """Files that are corrupted as they are read; for `run.evaluate`, like the files themselves.
-    Image i is that of index rows[i], whatever the batch."""
+    Each image is corrupted as its row in the listing says, whatever the batch."""
 
     def __init__(self, files, name, severity, options):
         self.files, self.kind, self.options = files, (name, severity), options
-        self.device = files.device
+        self.y, self.device, self.only = files.y, files.device, files.only
 
-    def __getitem__(self, part):
-        return Corrupted(self.files[part], *self.kind, self.options)
+    @property
+    def unreadable(self):
+        return self.files.unreadable
 
-    def split(self, batch_size):
-        for start in range(0, len(self.files), batch_size):
-            x, held = self.files.read(slice(start, start + batch_size))
-            rows = torch.from_numpy(self.files.rows[start : start + batch_size]).to(x.device)[held]
-            if len(x):
-                yield corruptions.corrupt(x, *self.kind, index=rows, **self.options)
+    def subset(self, rows):
+        return Corrupted(self.files.subset(rows), *self.kind, self.options)
 
-    def scored(self, logits, y):
-        self.files.skipped = self.files.unreadable
-        return self.files.scored(logits, y)
+    def batches(self, batch_size):
+        for x, y, rows in self.files.numbered(batch_size):
+            yield corruptions.corrupt(x, *self.kind, index=rows, **self.options), y
 
 
 def released_folder(root, name, severity):
@@ -506,7 +503,7 @@ class ImageNet:
         self.options = {"device": device, "workers": args.workers, "strict": args.strict}
         self.device, self.classes = device, trees.imagenet_classes(self.dir)
         self.counts = {}  # of a set: images read, and unreadable ones
-        names = trees.IMAGENET_TESTS["imagenet-c"]
+        names = data.SETS["imagenet-c"].folders
         root = next((self.dir / n for n in names if (self.dir / n).is_dir()), None)
         self.root = None if args.generate else root
         sizes = sorted({model.spec["image_size"] for _, model, _ in networks})
@@ -564,7 +561,7 @@ class ImageNet:
             "seed": self.args.seed, "frost_dir": self.args.frost_dir,
             "data_dir": self.args.data_dir, "scale": scale,
         }  # fmt: skip
-        return folders.Images(Corrupted(self.val.x, name, severity, options), self.val.y)
+        return Corrupted(self.val, name, severity, options)
 
 
 def evaluate_imagenet(args, networks, device, precision):
@@ -601,12 +598,11 @@ def fill_imagenet(args, images, columns, precision):
 
     def measure(title, found, kind):
         def parts(rows):
-            return found.subset(rows).x.split(args.batch_size)
+            return (x for x, _ in found.subset(rows).batches(args.batch_size))
 
-        mine = run.rows(len(found.y))
-        share = found.x[mine], found.y[mine], len(found.y)
+        share = found.subset(run.rows(len(found.y))), len(found.y)
         values = score(columns, share, kind, parts, args, precision)
-        bad = len(getattr(found.x, "files", found.x).unreadable)
+        bad = len(found.unreadable)
         images.counts[title] = len(found.y) - bad, bad
         return [v["error"] for v in values]
 
@@ -637,7 +633,7 @@ def fill_imagenet(args, images, columns, precision):
     else:
         print("mCE: needs all 15 corruptions and 5 severities")
     for name in ("imagenet-a", "imagenet-r", "imagenet-sketch"):
-        if not any((images.dir / n).is_dir() for n in trees.IMAGENET_TESTS[name]):
+        if not any((images.dir / n).is_dir() for n in data.SETS[name].folders):
             print(f"{name}: not in {images.dir}")
             continue
         values = measure(name, images.own(name), (name,))
@@ -658,7 +654,7 @@ def main(args):
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     networks, name = models.for_evaluation(args, device)
-    if name in trees.IMAGENET:
+    if name in data.IMAGENET:
         return evaluate_imagenet(args, networks, device, precision)
     return evaluate_arrays(args, networks, name, device, precision)
 

@@ -99,7 +99,7 @@ def test_sets(dataset, domain, size, args, device):
         number = {"id_val": 1, "val": 3, "test": 2}
         parts = {k: images.subset((split == n).nonzero().flatten()) for k, n in number.items()}
         return {k: part.to(device) for k, part in parts.items()}
-    if dataset in trees.IN9_TESTS:
+    if dataset in data.IN9_TESTS:
         names = {"original": "in9", "mixed-same": "in9-mixed-same", "mixed-rand": "in9-mixed-rand"}
         folder = Path(args.data_dir)
         sets = {k: trees.read_in9_test(n, folder, size, options) for k, n in names.items()}
@@ -119,7 +119,7 @@ def evaluate(path, cache, args, precision, device):
         model = models.from_checkpoint(checkpoint)
     options = checkpoint.get("args", {})
     domain, dataset = options.get("test_domain"), str(checkpoint.get("dataset"))
-    if dataset in trees.IMAGENET:
+    if dataset in data.IMAGENET:
         dataset, model = "in9", Joined(model)
     key = (dataset, domain, checkpoint["image_size"])
     if key not in cache:
@@ -127,9 +127,9 @@ def evaluate(path, cache, args, precision, device):
     model.to(device, memory_format=torch.channels_last)
     found = {}
     for column, images in cache[key].items():
-        error = run.evaluate(model, *images, precision, args.batch_size)["error"]
+        error = run.evaluate(model, images, precision, args.batch_size)["error"]
         found[column] = 100 - error
-    if dataset in trees.IN9_TESTS:
+    if dataset in data.IN9_TESTS:
         found["BG-gap"] = found["mixed-same"] - found["mixed-rand"]
     facts = {k: checkpoint.get(k) for k in ("method", "stage", "arch", "norm", "step")}
     facts |= {

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import corruptions, data, run
-from common.data import folders
+from common.data import decode, folders
 
 
 def parse_args(argv=None):
@@ -194,8 +194,8 @@ def photograph(path, side=224, short=256):
     from PIL import Image
 
     try:
-        image = Image.fromarray(folders.decode(path).permute(1, 2, 0).numpy())
-    except folders.Unreadable as error:
+        image = Image.fromarray(decode.decode(path).permute(1, 2, 0).numpy())
+    except decode.Unreadable as error:
         raise run.UserError(f"{path}: not a readable image ({error})") from None
     return tf.pil_to_tensor(tf.center_crop(tf.resize(image, short), side))
 

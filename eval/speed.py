@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import attacks, corruptions, data, models, run
-from common.data import folders, shapes
+from common.data import files, folders, shapes
 
 # Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
 # an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     part.add_argument("--batch-size", type=run.positive(int), default=32)
     part.add_argument("--batches", type=run.positive(int), default=8, help="timed, after two")
     counts = run.listed(run.nonnegative(int))
-    part.add_argument("--workers", type=counts, default=[folders.default_workers()])
+    part.add_argument("--workers", type=counts, default=[files.default_workers()])
     part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     for command in commands.choices.values():
         command.add_argument("--device", default="cpu")
@@ -296,8 +296,8 @@ def time_data(args, device):
             seconds.append(time.perf_counter() - begin)
         y = torch.zeros(len(listing), dtype=torch.int64, device=device)
         for workers in args.workers:
-            files = folders.Files(listing, size=args.image_size, device=device, workers=workers)
-            batches = data.Batches(folders.Images(files, y), args.batch_size, seed=0)
+            options = {"size": args.image_size, "device": device, "workers": workers}
+            batches = data.Batches(data.Files(listing, y, **options), args.batch_size, seed=0)
             rows[f"loader, {workers} workers"] = rate(batches, args, device, max(workers, 1))
             del batches  # ends its workers
     x, y = torch.rand(args.batch_size, 3, *[args.image_size] * 2, device=device), y[:1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import attacks, models, run
+from common import attacks, data, models, run
 from common.attacks import fastnet, pgd, unit_noise
 from common.attacks.pgd import L2
 from common.run import UserError
@@ -628,7 +628,7 @@ def attack_all(attack, x, y, size=250):
 
 
 def accuracy(net, x, y):
-    return 100 - run.evaluate(net, x, y)["error"]
+    return 100 - run.evaluate(net, data.Images(x, y))["error"]
 
 
 def ours(net, x, y, **settings):

@@ -197,7 +197,7 @@ MEASURE = """
     y = torch.randint(10, (41,))
     for n in (41, 3, 1):  # of 4 processes some get no image
         alone = run.metrics(run.predict(model, x[:n]), y[:n])
-        spread = run.evaluate(model, x[:n], y[:n])
+        spread = run.evaluate(model, data.Images(x[:n], y[:n]))
         part = run.rows(n)
         rows = run.summed(torch.tensor(part.stop - part.start)).item()
         found[f"images {n}"] = [rows, *(spread[k] - alone[k] for k in ("error", "loss", "ece"))]

@@ -66,8 +66,8 @@ def test_training_domains_choose_the_epoch(tmp_path):
         assert checkpoint["step"] == (evals.index(min(evals)) + 1) * 3
         loaded = data.load("shapes", test_domain="textured")
         model = models.from_checkpoint(checkpoint)
-        assert run.evaluate(model, *loaded.val)["error"] == pytest.approx(min(evals))
-        error = run.evaluate(model, *loaded.test)["error"]
+        assert run.evaluate(model, loaded.val)["error"] == pytest.approx(min(evals))
+        error = run.evaluate(model, loaded.test)["error"]
         assert final[f"error/{stage}"] == pytest.approx(error)
 
 

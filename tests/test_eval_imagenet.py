@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.io import write_jpeg
 
 from common import corruptions, data, models, run
+from common.data import decode
 from common.run import UserError
 from eval import corruptions as ev
 
@@ -174,15 +175,13 @@ def test_preprocessing_is_torchvisions(root):
     """Resize 256, centre 224: within two grey levels of the reference transform, on average 0.2."""
     from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-    from common.data import folders
-
     rng = np.random.default_rng(0)
     small = rng.integers(256, size=(9, 12, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((480, 360), Image.BICUBIC)
     path = root / "a.png"
     image.save(path)
     theirs = Compose([Resize(256), CenterCrop(224), PILToTensor()])(image)
-    ours = folders.fitted(folders.decode(str(path)), 224, "crop")
+    ours = decode.fitted(decode.decode(str(path)), 224, "crop")
     difference = (ours.int() - theirs.int()).abs()
     assert difference.max() <= 2 and difference.float().mean() < 0.2
     assert run.to_float(ours[None]).max() <= 1

@@ -85,14 +85,14 @@ def test_a_limited_export_has_its_own_clean_images(folder):
     state = model.spec | {"dataset": "cifar10", "model": model.state_dict(), "method": "ct"}
     run.save_checkpoint(folder / "last.pt", state)
     found = evaluate(folder, "--corruptions", "brightness")["checkpoints"][0]
-    expected = run.evaluate(model.eval(), test.x[rows], test.y[rows])
+    expected = run.evaluate(model.eval(), test.take(rows))
     assert found["clean"]["error"] == pytest.approx(expected["error"])
     assert found["clean"]["ece"] == pytest.approx(expected["ece"], abs=1e-3)
     few = evaluate(folder, "--corruptions", "brightness", "--limit", 5, "--overwrite")[
         "checkpoints"
     ][0]
     kept = rows[data.stratified_split(test.y[rows], 5, 0, "--limit")[1]]
-    expected = run.evaluate(model.eval(), test.x[kept], test.y[kept])
+    expected = run.evaluate(model.eval(), test.take(kept))
     assert few["clean"]["ece"] == pytest.approx(expected["ece"], abs=1e-3)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.io import write_jpeg, write_png
 
 from common import data, run
-from common.data import folders, trees
+from common.data import decode, files, folders, trees
 from common.run import UserError
 
 
@@ -65,11 +65,11 @@ class Constant(torch.nn.Module):
 def test_sizes_and_classes(tree):
     loaded = load(tree)
     assert loaded.classes == ["cat", "dog"] and loaded.image_size == 16 and loaded.val is None
-    assert loaded.train.x.shape == (20, 3, 16, 16) and len(loaded.test.y) == 8
+    assert len(loaded.train) == 20 and loaded.train.size == 16 and len(loaded.test.y) == 8
     few = loaded.test.take(slice(0, 5))
     assert few.x.dtype == torch.uint8 and few.x.shape == (5, 3, 16, 16)
     # The test order is mixed, so that its beginning is a sample; the labels follow the files.
-    names = [loaded.test.x.listing.path(row) for row in loaded.test.x.rows]
+    names = [loaded.test.listing.path(row) for row in loaded.test.rows]
     assert names != sorted(names)
     assert [n.split("/")[-2] == "dog" for n in names] == loaded.test.y.bool().tolist()
 
@@ -94,7 +94,7 @@ def test_every_kind_becomes_rgb(tmp_path, kind):
         options = {"quality": 100} if kind == "CMYK" else {}
         original.convert(kind).save(path, **options)
         expected = np.array(original.convert(kind).convert("RGB"))
-    x = folders.decode(str(path))
+    x = decode.decode(str(path))
     assert x.dtype == torch.uint8 and x.shape == (3, 40, 40)
     difference = np.abs(x.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
     assert difference.max() <= (8 if kind == "CMYK" else 0)  # JPEG loses a little
@@ -106,7 +106,7 @@ def test_grey_of_many_bits_keeps_its_range(tmp_path):
 
     def greys(values, name="a.tiff"):
         Image.fromarray(values).save(tmp_path / name)
-        x = folders.decode(str(tmp_path / name))
+        x = decode.decode(str(tmp_path / name))
         assert x.shape == (3, 1, 4) and (x == x[:1]).all()
         return x[0, 0].tolist()
 
@@ -116,7 +116,7 @@ def test_grey_of_many_bits_keeps_its_range(tmp_path):
     assert greys(np.float32([[-1, 0.5, 1, np.nan]])) == [0, 128, 255, 0]
     assert greys(np.float32([[0, 100, 200, 50]])) == [0, 128, 255, 64]
     (tmp_path / "a.ppm").write_bytes(b"P5 4 1 65535 " + wide.astype(">u2").tobytes())
-    assert folders.decode(str(tmp_path / "a.ppm"))[0, 0].tolist() == [0, 1, 128, 255]
+    assert decode.decode(str(tmp_path / "a.ppm"))[0, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_exif_first_frame_and_bomb(tmp_path, monkeypatch):
@@ -130,28 +130,28 @@ def test_exif_first_frame_and_bomb(tmp_path, monkeypatch):
         for name in ("a.png", "a.tiff", "a.webp"):
             options = {"lossless": True} if name == "a.webp" else {}
             image.save(tmp_path / name, exif=exif, **options)
-            stored = folders.decode(str(tmp_path / name))
+            stored = decode.decode(str(tmp_path / name))
             assert torch.equal(stored, picture(1, 20, 40)), (name, orientation)
-    assert folders.decode(str(tmp_path / "a.jpg")).shape == (3, 20, 40)
+    assert decode.decode(str(tmp_path / "a.jpg")).shape == (3, 20, 40)
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     for name in ("a.gif", "a.webp", "a.tiff", "a.png"):
         options = {"lossless": True} if name == "a.webp" else {}
         red.save(tmp_path / name, save_all=True, append_images=[blue], **options)
-        assert folders.decode(str(tmp_path / name))[:, 0, 0].tolist() == [255, 0, 0], name
+        assert decode.decode(str(tmp_path / name))[:, 0, 0].tolist() == [255, 0, 0], name
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
-    with pytest.raises(folders.Unreadable, match="800 pixels"):
-        folders.decode(str(tmp_path / "a.jpg"))
+    with pytest.raises(decode.Unreadable, match="800 pixels"):
+        decode.decode(str(tmp_path / "a.jpg"))
 
 
 DAMAGE = """
 import sys
 from pathlib import Path
-from common.data import folders
+from common.data import decode
 names = sorted(Path(sys.argv[1]).iterdir())
 for name in names:
     try:
-        assert folders.decode(str(name)).shape[0] == 3
-    except folders.Unreadable as reason:
+        assert decode.decode(str(name)).shape[0] == 3
+    except decode.Unreadable as reason:
         assert str(reason)
         print(reason)
 """
@@ -185,8 +185,8 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
     for name in ("a.png", "b.png"):
-        with pytest.raises(folders.Unreadable, match="no file but"):
-            folders.decode(str(tmp_path / name))
+        with pytest.raises(decode.Unreadable, match="no file but"):
+            decode.decode(str(tmp_path / name))
 
 
 def test_mixed_sizes(tmp_path):
@@ -201,12 +201,12 @@ def test_mixed_sizes(tmp_path):
 def test_evaluation_crop_is_the_centre():
     x = torch.zeros(3, 80, 160, dtype=torch.uint8)
     x[:, 20:60, 60:100] = 255  # inside the 70 x 70 that remain of 80 x 80
-    out = folders.fitted(x, 70, "crop")
+    out = decode.fitted(x, 70, "crop")
     assert out.shape == (3, 70, 70) and out[:, 35, 35].eq(255).all()
     assert torch.equal(out, out.flip(1)) and torch.equal(out, out.flip(2))
-    assert torch.equal(folders.fitted(out, 70, "exact"), out)
+    assert torch.equal(decode.fitted(out, 70, "exact"), out)
     with pytest.raises(UserError, match="80x80 pixels, where 70x70 are expected"):
-        folders.fitted(x[:, :, :80], 70, "exact")
+        decode.fitted(x[:, :, :80], 70, "exact")
 
 
 def test_crop_box_follows_torchvision():
@@ -216,14 +216,14 @@ def test_crop_box_follows_torchvision():
     image, rng = torch.zeros(3, 100, 130), random.Random(0)
     torch.manual_seed(0)
     theirs = [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3000)]
-    ours = [folders.crop_box(100, 130, (0.08, 1), rng) for _ in range(3000)]
+    ours = [decode.crop_box(100, 130, (0.08, 1), rng) for _ in range(3000)]
     for function in (lambda b: b[2] * b[3], lambda b: b[2] / b[3], lambda b: b[0], lambda b: b[1]):
         a, b = (np.array([function(box) for box in boxes]) for boxes in (ours, theirs))
         error = np.hypot(a.std(), b.std()) / 3000**0.5
         assert abs(a.mean() - b.mean()) < 4 * error
     for top, left, height, width in ours:
         assert 0 <= top <= 100 - height and 0 <= left <= 130 - width
-    assert folders.crop_box(3, 300, (0.9, 1), rng) == (0, 148, 3, 4)  # no draw can fit
+    assert decode.crop_box(3, 300, (0.9, 1), rng) == (0, 148, 3, 4)  # no draw can fit
 
 
 # --- what cannot be decoded -----------------------------------------------------------------------
@@ -232,30 +232,28 @@ def test_crop_box_follows_torchvision():
 def test_unreadable_files_are_skipped_counted_and_named(tree, capfd):
     """A truncated JPEG, a text file and an empty one: evaluation goes without them."""
     whole = load(tree)
-    logits = run.predict(Constant(), whole.test.x)
+    logits, _ = run.predict_all(Constant(), whole.test)
     files = [tree / "val" / "cat" / "001.jpg", tree / "val" / "dog" / "002.jpg"]
     files.append(tree / "val" / "dog" / "003.jpg")
     cut(files[0])
     files[1].write_text("not a picture")
     files[2].write_bytes(b"")
     broken = load(tree)
-    found = run.evaluate(Constant(), *broken.test, batch_size=3)
-    names = [broken.test.x.listing.path(row) for row in broken.test.x.rows]
+    found = run.evaluate(Constant(), broken.test, batch_size=3)
+    names = [broken.test.listing.path(row) for row in broken.test.rows]
     keep = torch.tensor([name not in map(str, files) for name in names])
     expected = run.metrics(logits[keep], whole.test.y[keep])
     assert found == pytest.approx(expected, abs=1e-9)
-    assert sorted(broken.test.x.listing.path(r) for r in broken.test.x.bad) == sorted(
-        map(str, files)
-    )
+    assert sorted(broken.test.listing.path(r) for r in broken.test.bad) == sorted(map(str, files))
     lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("skipped")]
     assert len(lines) == 3 and "3 unreadable so far" in lines[-1]
     assert any(str(files[0]) in x and "truncated" in x.lower() for x in lines)
     images = broken.test.take(slice(None))
     assert len(images.x) == len(images.y) == 5
     with pytest.raises(UserError, match="delete or replace it"):
-        broken.test.x[torch.arange(8)]
+        broken.test.take(torch.arange(8), complete=True)
     with pytest.raises(UserError, match=r"\.jpg: .*without --strict it would be skipped"):
-        run.evaluate(Constant(), *load(tree, strict=True).test)
+        run.evaluate(Constant(), load(tree, strict=True).test)
 
 
 def test_training_takes_the_next_readable_file(tree):
@@ -264,7 +262,7 @@ def test_training_takes_the_next_readable_file(tree):
     loaded = load(tree)
     batches = data.Batches(loaded.train, 20, seed=0, augment=False)
     x, y = batches(0)
-    assert len(x) == 20 and y.tolist().count(0) == 10 and len(loaded.train.x.bad) == 2
+    assert len(x) == 20 and y.tolist().count(0) == 10 and len(loaded.train.bad) == 2
     unique = {row.numpy().tobytes() for row in x}
     assert len(unique) == 18  # 004.jpg stands in for both
     with pytest.raises(UserError, match="without --strict"):
@@ -429,8 +427,8 @@ def test_batches_depend_on_seed_and_step_alone(tree):
 
 def test_resume_decodes_nothing_before_its_step(tree, monkeypatch):
     decoded = []
-    original = folders.decode
-    monkeypatch.setattr(folders, "decode", lambda path: decoded.append(path) or original(path))
+    original = files.decode
+    monkeypatch.setattr(files, "decode", lambda path: decoded.append(path) or original(path))
     batches = data.Batches(load(tree).train, 5, seed=0)
     batches(1003)
     assert len(decoded) == 5
@@ -456,41 +454,51 @@ def test_share_reads_this_processes_rows(tree, monkeypatch):
 def test_predictions_equal_those_on_tensors(tree):
     images = load(tree, workers=2).test
     tensors = images.take(slice(None))
-    assert torch.equal(
-        run.predict(Constant(), images.x, batch_size=3), run.predict(Constant(), tensors.x)
-    )
-    assert torch.equal(images.x[2:5].read(slice(None))[0], tensors.x[2:5])
+    for a, b in zip(
+        run.predict_all(Constant(), images, batch_size=3),
+        run.predict_all(Constant(), tensors),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
     rows = torch.tensor([5, 1, 1])
-    assert torch.equal(images.x[rows], tensors.x[rows])
+    for part in (slice(2, 5), rows):
+        for kind in (images.subset(part), images.take(part)):
+            (batch,) = kind.batches(9)
+            assert torch.equal(batch[0], tensors.x[part]) and torch.equal(batch[1], tensors.y[part])
 
 
 def test_validation_split_stays_undecoded(tree, monkeypatch):
-    monkeypatch.setattr(folders, "decode", lambda path: pytest.fail("decoded"))
+    monkeypatch.setattr(files, "decode", lambda path: pytest.fail("decoded"))
     loaded = load(tree, val_size=6, limit=8)
     assert torch.bincount(loaded.val.y).tolist() == [3, 3]
     assert torch.bincount(loaded.train.y).tolist() == [4, 4]
-    assert not set(loaded.val.x.rows) & set(loaded.train.x.rows)
+    assert not set(loaded.val.rows) & set(loaded.train.rows)
 
 
-def test_logits_are_restricted_to_the_classes_of_a_subset():
-    listing = folders.Listing("/x", ["a"], np.zeros(3, np.int32), np.zeros(3, np.uint8),
-                              np.arange(1, 4))  # fmt: skip
-    files = folders.Files(listing, only=[1, 4])
-    logits = torch.tensor([[9.0, 1, 0, 0, 0], [9, 0, 0, 0, 1], [9, 0, 0, 0, 1]])
-    found, y = files.scored(logits, torch.tensor([1, 4, 1]))
-    assert y.tolist() == [0, 1, 0] and run.metrics(found, y)["error"] == pytest.approx(100 / 3)
+def test_logits_are_restricted_to_the_classes_of_a_subset(tree):
+    """Logits of 5 classes on images of the classes 1 and 4: class 0 leads and is no choice."""
+    images = load(tree).test.among([1, 4])
+    images.y = 1 + 3 * images.y
+
+    class Always(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([9.0, 1, 0, 0, 2]).expand(len(x), 5)
+
+    logits, y = run.predict_all(Always(), images)
+    assert logits.shape == (8, 2) and sorted(y.tolist()) == [0] * 4 + [1] * 4
+    assert run.evaluate(Always(), images)["error"] == pytest.approx(50)
 
 
 def test_unreadable_files_count_where_they_are(tree, capfd):
     """A broken test file is none of the training set's, though both are named from one record."""
     loaded = load(tree, "domains")  # train and val are its domains: 80 and 20 % of each
-    row = int(loaded.test.x.rows[2])
-    cut(Path(loaded.test.x.listing.path(row)))
+    row = int(loaded.test.rows[2])
+    cut(Path(loaded.test.listing.path(row)))
     assert len(loaded.test.take(slice(None)).y) == len(loaded.test.y) - 1
-    assert loaded.train.x.bad.keys() == {row} and not len(loaded.train.x.unreadable)
-    assert loaded.test.x.unreadable.tolist() == [2]
+    assert loaded.train.bad.keys() == {row} and not len(loaded.train.unreadable)
+    assert loaded.test.unreadable.tolist() == [2]
     rest = np.delete(np.arange(len(loaded.test.y)), 2)
-    assert not len(loaded.test.x.subset(torch.from_numpy(rest)).unreadable)
+    assert not len(loaded.test.subset(torch.from_numpy(rest)).unreadable)
 
 
 def test_workers_leave_signals_to_the_trainer(tree):
@@ -512,24 +520,24 @@ def test_workers_leave_signals_to_the_trainer(tree):
 
 
 def test_dead_worker_is_one_line(tree, monkeypatch):
-    monkeypatch.setattr(folders, "decode", lambda path: os._exit(1))
+    monkeypatch.setattr(files, "decode", lambda path: os._exit(1))
     with pytest.raises(UserError, match=r"loader: .*fewer --workers"):
         data.Batches(load(tree, workers=1).train, 5, seed=0)(0)
 
 
 def test_no_more_files_is_one_line(tree, monkeypatch):
     """Too low a limit of open files is named, when workers start and when a picture is opened."""
-    path = load(tree).train.x.listing.path(0)
+    path = load(tree).train.listing.path(0)
 
     def full(*args, **options):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(folders.DataLoader, "__iter__", full)
+    monkeypatch.setattr(files.DataLoader, "__iter__", full)
     with pytest.raises(UserError, match=r"loader: Too many open files; fewer --workers"):
         data.Batches(load(tree, workers=2).train, 5, seed=0)(0)
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(UserError, match="Too many open files; raise the limit"):
-        folders.decode(path)
+        decode.decode(path)
 
 
 @pytest.mark.parametrize("count", [1, 2])

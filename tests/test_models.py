@@ -137,7 +137,7 @@ def test_third_party_accuracy(arch, file, accuracy, shared, cifar10_dir):
     test = data.load("cifar10", cifar10_dir).test
     model = models.build(arch, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     state = run.load_checkpoint(shared / "checkpoints" / file, foreign=True)
-    error = run.evaluate(models.load_foreign(model, state), *test)["error"]
+    error = run.evaluate(models.load_foreign(model, state), test)["error"]
     assert round(100 - error, 2) == accuracy
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import models, run
+from common import data, models, run
 from common.run import UserError
 
 
@@ -56,8 +56,8 @@ def test_evaluate_restores_modes_and_ignores_batch_size():
     modes = [m.training for m in model.modules()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x, y = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8), torch.arange(7)
-    a = run.evaluate(model, x, y, batch_size=7)
-    b = run.evaluate(model, x.float() / 255, y, batch_size=3)
+    a = run.evaluate(model, data.Images(x, y), batch_size=7)
+    b = run.evaluate(model, data.Images(x.float() / 255, y), batch_size=3)
     assert a["error"] == b["error"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

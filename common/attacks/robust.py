@@ -14,8 +14,7 @@ def robust_errors(model, images, names, eps=8.0, norm="linf", precision=None, ba
     """
     size = min(batch_size, -(-len(images.y) // run.world()))
     left = torch.zeros(len(names), dtype=torch.float64)
-    batches = zip(images.x.split(size), images.y.split(size), strict=True)
-    for i, (x, y) in enumerate(batches):
+    for i, (x, y) in enumerate(images.batches(size)):
         if i % run.world() != run.rank():
             continue
         standing = (run.predict(model, x).argmax(1) == y).nonzero()[:, 0]

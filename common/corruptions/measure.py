@@ -11,13 +11,13 @@ from common.corruptions.weather import frost_textures
 def corruption_errors(networks, images, precision=None, data_dir="data", scale=None):
     """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0."""
     sums, part = dict.fromkeys(networks, 0.0), run.rows(len(images.y))
-    index, mine = torch.arange(len(images.y), device=images.x.device)[part], images.take(part)
+    index, mine = torch.arange(len(images.y), device=images.device)[part], images.take(part)
     for name in NAMES:
         for severity in range(1, 6):
             options = {"index": index, "data_dir": data_dir, "scale": scale}
-            x = corrupt(mine.x, name, severity, **options)
+            found = mine._replace(x=corrupt(mine.x, name, severity, **options))
             for key, model in networks.items():
-                sums[key] += run.evaluate(model, x, mine.y, precision, mine=True)["error"]
+                sums[key] += run.evaluate(model, found, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}
 
 

@@ -4,22 +4,18 @@
     batches = Batches(dataset.train, batch_size=128, seed=0)
     x, y = batches(step)        # float in [0,1] (B,3,S,S), int64 (B,)
 
-Small sets are uint8 tensors on the device; trees of photographs are decoded on access. Images are
-never normalised here: the model's first layer does that, with dataset.mean and dataset.std.
+Small sets are `Images`, uint8 tensors on the device. Photographs are `Files`, decoded when they
+are read. Both have the same methods. Images are never normalised here: the model's first layer does
+that, with dataset.mean and dataset.std.
 """
 
-from common.data import folders, shapes, shortcut, trees
-from common.data.batches import Batches, crop_flip
-from common.data.folders import Files, Images
+from common.data import decode, files, folders, shapes, shortcut, trees
+from common.data.batches import Batches
+from common.data.files import Files
+from common.data.images import Images, crop_flip
 from common.data.sets import (
-    COUNTS,
-    DOMAINS,
     HELD_OUT,
-    IMAGENET_STATS,
-    NAMES,
-    PHOTOGRAPHS,
     SHAPES_SIZES,
-    STATS,
     DataSet,
     add_arguments,
     channel_stats,
@@ -37,17 +33,27 @@ from common.data.sets import (
 )
 from common.data.shortcut import SHORTCUT_TESTS
 from common.data.streams import STREAMS, Streams, check_streams, debias_texture
+from common.data.table import (
+    DOMAINS,
+    IMAGENET,
+    IMAGENET_STATS,
+    IN9_TESTS,
+    NAMES,
+    PHOTOGRAPHS,
+    SETS,
+)
 
 __all__ = [
-    "COUNTS",
     "DOMAINS",
     "HELD_OUT",
+    "IMAGENET",
     "IMAGENET_STATS",
+    "IN9_TESTS",
     "NAMES",
     "PHOTOGRAPHS",
+    "SETS",
     "SHAPES_SIZES",
     "SHORTCUT_TESTS",
-    "STATS",
     "STREAMS",
     "Batches",
     "DataSet",
@@ -61,7 +67,9 @@ __all__ = [
     "corrupted_labels",
     "crop_flip",
     "debias_texture",
+    "decode",
     "domain_names",
+    "files",
     "folders",
     "for_evaluation",
     "from_args",

@@ -12,21 +12,11 @@ import torch
 
 from common import run
 from common.data import shapes, shortcut, trees
-from common.data.folders import Images
+from common.data.files import Files
+from common.data.images import Images
+from common.data.table import DOMAINS, NAMES, SETS
 from common.run import UserError
 
-# Per-channel mean and standard deviation of the training images in [0,1].
-STATS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar10.1": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-}
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of every set of photographs
-DOMAINS = (*trees.DOMAINS, "shapes")
-PHOTOGRAPHS = ("folder", *trees.IMAGENET, *trees.IN9_TESTS, *trees.DOMAINS)  # files, not tensors
-NAMES = ("shapes", "shapes-shortcut", *STATS, "tiny-imagenet", *PHOTOGRAPHS)
-COUNTS = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
 HELD_OUT = 0.2  # of every training domain, for model selection (DomainBed)
 SHAPES_SIZES = {"train": 10_000, "test": 2_000}
 
@@ -34,9 +24,9 @@ SHAPES_SIZES = {"train": 10_000, "test": 2_000}
 @dataclass
 class DataSet:
     name: str
-    train: Images
-    val: Images | None  # held out of train by `val_size` or for `test_domain`; else None
-    test: Images
+    train: Images | Files
+    val: Images | Files | None  # held out of train by `val_size` or for `test_domain`; else None
+    test: Images | Files
     classes: list = field(repr=False)
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
@@ -45,12 +35,12 @@ class DataSet:
 
     @property
     def image_size(self):
-        return self.test.x.shape[-1]
+        return self.test.size
 
     @property
     def flip(self):
         """Whether a mirrored image keeps its class; for `Batches`."""
-        return self.name != "svhn"
+        return SETS[self.name].flip
 
     @property
     def scale(self):
@@ -112,51 +102,50 @@ def load(
     the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain,
     camelyon17 with its official splits (val: hospital 1, test: hospital 2).
     shortcut_levels: see shortcut.py; 3 for shapes-shortcut and 0 for the others where it is None.
-    image_size: of a tree, or of shapes; workers, strict: of `folders.Files`.
+    image_size: of a tree, or of shapes; workers, strict: of `Files`.
     """
     title = name
     if shortcut_levels is None:
         shortcut_levels = shapes.SHORTCUT if name == "shapes-shortcut" else 0
     name = name.removesuffix("-shortcut")
-    if shortcut_levels and (name in PHOTOGRAPHS or name == "tiny-imagenet"):
+    if name not in SETS:
+        raise UserError(f"--dataset {name}: unknown; there are {', '.join(NAMES)}")
+    row = SETS[name]
+    if shortcut_levels and (row.files or name == "tiny-imagenet"):
         raise UserError(f"--shortcut: for small data sets held as tensors, not for {name}")
     options = {"device": device, "workers": workers, "strict": strict}
-    sized = name in ("shapes", "tiny-imagenet") or name not in STATS
-    if image_size and not sized:
-        raise UserError(f"--image-size {image_size}: {name} has 32 pixels")
+    if image_size and not row.sized:
+        raise UserError(f"--image-size {image_size}: {name} has {row.size} pixels")
+    size = image_size or row.size
     if test_domain and name not in DOMAINS:
         raise UserError(f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have")
     if test_domain == "all":
         raise UserError("--test-domain all: ct.py trains one network for each; here name one")
     if test_domain and val_size:
         raise UserError("--val-size: with --test-domain it is 20 % of every training domain")
-    data_dir, val, stats = Path(data_dir), None, IMAGENET_STATS
+    data_dir, val = Path(data_dir), None
     if name in DOMAINS and (test_domain or name != "shapes"):
-        train, val, test, classes = read_domains(
-            name, data_dir, seed, test_domain, image_size, options
-        )
-        stats = channel_stats(train.x) if name == "shapes" else stats
+        train, val, test, classes = read_domains(name, data_dir, seed, test_domain, size, options)
     elif name == "shapes":
-        size = image_size or 32
         train = Images(*shapes.make(SHAPES_SIZES["train"], seed=0, split="train", size=size))
         test = Images(*shapes.make(SHAPES_SIZES["test"], seed=0, split="test", size=size))
-        classes, stats = list(shapes.CLASSES), channel_stats(train.x)
+        classes = list(shapes.CLASSES)
     elif name == "svhn":
         train, test, classes = read_svhn(data_dir / "svhn.npz")
-        stats = STATS[name]
-    elif name in STATS:
+    elif not row.sized:
         train, test, classes = read_cifar(name.removesuffix(".1"), data_dir)
         test = read_cifar101(data_dir) if name == "cifar10.1" else test
-        stats = STATS[name]
     elif name == "tiny-imagenet":
-        train, test, classes = trees.read_tiny_imagenet(data_dir, image_size or 64, options)
-    elif name in NAMES:
-        train, test, classes = trees.read_tree(name, data_dir, image_size or 224, options)
+        train, test, classes = trees.read_tiny_imagenet(data_dir, size, options)
     else:
-        raise UserError(f"--dataset {name}: unknown; there are {', '.join(NAMES)}")
-    if name in COUNTS and (len(train.y), len(test.y)) != COUNTS[name]:
-        whole = "{} and {}".format(*COUNTS[name])
-        trees.note(f"{name}: {len(train.y)} and {len(test.y)} images; the whole set has {whole}")
+        train, test, classes = trees.read_tree(name, data_dir, size, options)
+    stats = row.stats or channel_stats(train.x)
+    whole = row.counts
+    if "test" in whole and {"train": len(train), "test": len(test)} != whole:
+        trees.note(
+            f"{name}: {len(train)} and {len(test)} images; the whole set has {whole['train']} and "
+            f"{whole['test']}"
+        )
     if val_size:
         if val_size >= len(train.y):
             raise UserError(f"--val-size {val_size}: there are only {len(train.y)} training images")
@@ -304,17 +293,15 @@ def domain_names(name, data_dir="data"):
 def read_domains(name, data_dir, seed, test_domain, size, options):
     """(train, val, test, classes), see `load`. Domains and classes that are missing are named."""
     if name == "camelyon17":
-        images, domain, names, classes, split = trees.read_camelyon17(data_dir, size or 96, options)
+        images, domain, names, classes, split = trees.read_camelyon17(data_dir, size, options)
     elif name == "shapes":
         names, classes, split = list(shapes.STYLES), list(shapes.CLASSES), None
         count = SHAPES_SIZES["train"] // len(names)
-        parts = [shapes.make(count, split="train", style=s, size=size or 32) for s in names]
+        parts = [shapes.make(count, split="train", style=s, size=size) for s in names]
         images = Images(*(torch.cat(part) for part in zip(*parts, strict=True)))
         domain = torch.arange(len(names)).repeat_interleave(count)
     else:
-        images, domain, names, classes = trees.read_domain_tree(
-            name, data_dir, size or 224, options
-        )
+        images, domain, names, classes = trees.read_domain_tree(name, data_dir, size, options)
         split = None
     if test_domain and test_domain not in names:
         raise UserError(f"--test-domain {test_domain}: {name} has {', '.join(names)} here")
@@ -347,7 +334,7 @@ def read_domains(name, data_dir, seed, test_domain, size, options):
 
 def read_cifar101(data_dir):
     """Test set of Recht et al. 2018, classes as in CIFAR-10: version 6 (2,000), else 4 (2,021)."""
-    for version, count in reversed(trees.COUNTS["cifar10.1"].items()):
+    for version, count in reversed(SETS["cifar10.1"].counts.items()):
         path = data_dir / f"cifar10.1_{version}_data.npy"
         if path.is_file():
             x = read_array(path, "u", (count, 32, 32, 3))
@@ -400,9 +387,8 @@ def for_evaluation(name, networks, data_dir, limit):
         options = {"device": "cpu", "workers": None, "strict": True}
         test = trees.read_imagenet_test(name, folder, classes, size, options)
     else:
-        sized = name in ("shapes", "tiny-imagenet") or name not in STATS
         options = test_options(name, networks)
-        dataset = load(name, data_dir, image_size=size if sized else None, **options)
+        dataset = load(name, data_dir, image_size=size if SETS[name].sized else None, **options)
         test, classes = dataset.test, dataset.classes
     for _, model, facts in networks:
         if model.spec["num_classes"] != len(classes):
@@ -421,7 +407,7 @@ def for_evaluation(name, networks, data_dir, limit):
     x, y = test.take(rows)
     if len(x) < len(rows):
         raise UserError(f"{name}: {len(rows) - len(x)} images cannot be read")
-    only = getattr(test.x, "only", None)
+    only = test.only
     if only is not None:
         y = torch.searchsorted(only, y)
         for k, (label, model, facts) in enumerate(networks):

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from common import run
-from common.data import folders, trees
+from common.data import trees
 from common.data.batches import Batches
+from common.data.files import Files
 from common.run import UserError
 
 STREAMS = ("clean", "deepaug", "tda", "adv")
@@ -67,17 +68,13 @@ def stream_images(name, dataset, deepaug_dir=None, strict=False):
     """Images of a stream: the training set, for deepaug the files of `deepaug_dir` (in memory
     where the training set is). Crops of photographs take 64 % and more for tda (else 8 %)."""
     images = dataset.train
-    files = isinstance(images.x, folders.Files)
     if name == "deepaug":
         listing = trees.listed(Path(deepaug_dir))
-        y = torch.from_numpy(trees.labels_of(listing, dataset.classes))
-        x = folders.Files(listing, None, dataset.image_size, strict=strict)
-        x = x if files else x[torch.arange(len(x))]
-        return folders.Images(x, y).to(images.y.device)
-    if name == "tda" and files:
-        images = images.subset(slice(None))
-        images.x.scale = (0.64, 1.0)
-    return images
+        labels = trees.labels_of(listing, dataset.classes)
+        files = Files(listing, labels, size=dataset.image_size, strict=strict)
+        files = files.take(slice(None)) if images.in_memory else files
+        return files.to(images.device)
+    return images.cropped((0.64, 1.0)) if name == "tda" else images
 
 
 def grey(x):

@@ -1,7 +1,7 @@
 """The named trees of photographs: where they lie, what is in them, and what is missing.
 
-Each reader returns `Images` of undecoded files and the class names, prints what an incomplete set
-lacks as a note on stderr, and raises UserError, with the source of the data, where it is of no use.
+Each reader returns undecoded `Files` and the class names. It prints what an incomplete set lacks
+as a note on stderr. It raises UserError with the source of the data where a set cannot be used.
 Nothing is downloaded.
 """
 
@@ -13,28 +13,10 @@ import torch
 
 from common import run
 from common.data import folders
-from common.data.folders import Images
+from common.data.files import Files
+from common.data.table import IN9_TESTS, SETS
 from common.run import UserError
 
-# Domain sets: domains and classes; None: the folders decide.
-DOMAINS = {
-    "vlcs": (("Caltech101", "LabelMe", "SUN09", "VOC2007"),
-             ("bird", "car", "chair", "dog", "person")),
-    "pacs": (("art_painting", "cartoon", "photo", "sketch"),
-             ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")),
-    "camelyon17": (tuple(f"hospital{k}" for k in range(5)), ("normal", "tumor")),
-    "domains": (None, None),
-}  # fmt: skip
-# Test sets of the networks that a training set yields: (training set, folders it may lie in).
-IMAGENET_TESTS = {
-    "imagenet-a": ("imagenet-a", "ImageNet-A"),
-    "imagenet-r": ("imagenet-r", "ImageNet-R"),
-    "imagenet-sketch": ("sketch", "imagenet-sketch", "ImageNet-Sketch"),
-    "imagenet-c": ("imagenet-c", "ImageNet-C"),
-}
-IMAGENET = ("imagenet", *IMAGENET_TESTS)
-IN9_TESTS = {"in9": "original", "in9-mixed-same": "mixed_same", "in9-mixed-rand": "mixed_rand"}
-IN9_ROOTS = ("backgrounds_challenge", "bg_challenge", "in9")  # folders they may lie in
 IN9 = ("00_dog", "01_bird", "02_wheeled vehicle", "03_reptile", "04_carnivore", "05_insect",
        "06_musical instrument", "07_primate", "08_fish")  # fmt: skip
 # Of ImageNet's 1000 classes, those that IN-9 joins into each of its nine; the others are none.
@@ -51,39 +33,15 @@ IN9_PARTS = (
     "365-384",
     "0-6 389-397",
 )
-# Images in the whole of each set, for what is said about an incomplete one.
-COUNTS = {
-    "cifar10.1": {"v4": 2_021, "v6": 2_000},
-    "tiny-imagenet": {"train": 100_000, "val": 10_000},
-    "imagenet": {"train": 1_281_167, "val": 50_000},
-    "imagenet-a": {"": 7_500}, "imagenet-r": {"": 30_000}, "imagenet-sketch": {"": 50_889},
-    "vlcs": {"Caltech101": 1_415, "LabelMe": 2_656, "SUN09": 3_282, "VOC2007": 3_376},
-    "pacs": {"art_painting": 2_048, "cartoon": 2_344, "photo": 1_670, "sketch": 3_929},
-    "camelyon17": {"": 455_954},
-    **{name: {"train": 45_405, "val": 4_050} for name in IN9_TESTS},
-}  # fmt: skip
-SOURCES = {  # where a set that is not there comes from; none of these is fetched
-    "cifar10.1": "github.com/modestyachts/CIFAR-10.1, datasets/cifar10.1_v6_{data,labels}.npy",
-    "tiny-imagenet": "cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "imagenet": "image-net.org (ILSVRC 2012, after registration), as train/ and val/",
-    "imagenet-a": "people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar",
-    "imagenet-r": "people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
-    "imagenet-sketch": "github.com/HaohanWang/ImageNet-Sketch (a personal drive)",
-    "imagenet-c": "zenodo.org/record/2235448, its five archives unpacked into one folder",
-    "vlcs": "the script domainbed/scripts/download.py of DomainBed (a personal drive)",
-    "pacs": "the script domainbed/scripts/download.py of DomainBed (a personal drive)",
-    "camelyon17": "wilds.stanford.edu, camelyon17_v1.0",
-    "in9": "the releases of github.com/MadryLab/backgrounds_challenge",
-}
 
 # --- looking --------------------------------------------------------------------------------------
 
 
 def missing(name, what):
     """The UserError of a set that is not there: what was looked for, and where it comes from."""
-    key = "in9" if name in IN9_TESTS else name
-    source = f"; it comes from {SOURCES[key]}, unpacked there" if key in SOURCES else ""
-    return UserError(f"{name}: no {what}{source}")
+    source = SETS[name].source
+    more = f"; it comes from {source}, unpacked there" if source else ""
+    return UserError(f"{name}: no {what}{more}")
 
 
 def note(text):
@@ -143,23 +101,21 @@ def labels_of(listing, classes, depth=0):
     return np.array([number[name] for name in found], np.int64)[which]
 
 
-def in_order(files, labels, seed=0):
-    """Images in a fixed random order: the first N of a test set are then a sample of it."""
-    order = torch.randperm(len(files), generator=run.generator(seed, "test order"))
-    return Images(files.subset(order), torch.from_numpy(labels)[order])
+def in_order(files, seed=0):
+    """Files in a fixed random order: the first N of a test set are then a sample of it."""
+    return files.subset(torch.randperm(len(files), generator=run.generator(seed, "test order")))
 
 
 def train_and_test(name, root, test_root, size, options, fit="crop"):
     """(train, test, classes) of two class trees; the training folders are the classes."""
-    counts = COUNTS.get(name, {})
+    counts = SETS[name].counts
     whole = None if root.parent.name == "in9l" else counts.get("train")  # IN-9L has more
     train = listed(root, whole, f"{name} {root.name}")
     names = class_folders(root)
     empty = sorted(set(names) - set(train.part(0)[0]))
     if empty:
         raise UserError(f"{root / empty[0]}: a class without images; fill it or remove the folder")
-    files = folders.Files(train, size=size, **options)
-    images = Images(files, torch.from_numpy(labels_of(train, names)))
+    images = Files(train, labels_of(train, names), size=size, **options)
     return images, read_test(name, test_root, names, size, options, counts.get("val"), fit), names
 
 
@@ -174,7 +130,8 @@ def read_test(name, root, classes, size, options, count=None, fit="crop"):
         note(f"{name} {root.name}: no images of {', '.join(absent[:3])}{more} ({len(absent)})")
     if only is not None and len(only) != 200:
         note(f"{name}: {len(only)} classes; the whole set has 200")
-    return in_order(folders.Files(listing, size=size, fit=fit, only=only, **options), labels)
+    files = Files(listing, labels, size=size, fit=fit, **options)
+    return in_order(files if only is None else files.among(only))
 
 
 def read_tree(name, data_dir, size, options):
@@ -187,11 +144,11 @@ def read_tree(name, data_dir, size, options):
             )
         return train_and_test(name, data_dir / "train", data_dir / held, size, options)
     if name in IN9_TESTS:
-        root = find(name, data_dir, IN9_ROOTS, ["original"])
+        root = find(name, data_dir, SETS[name].folders, ["original"])
         train = next((d for d in ("in9l", "original") if (root / d / "train").is_dir()), None)
         if train is None:
             raise missing(name, f"{root}/original/train (IN-9) or {root}/in9l/train (IN-9L)")
-        test = root / IN9_TESTS[name] / "val"
+        test = root / SETS[name].test / "val"
         if not test.is_dir():
             raise missing(name, test)
         fit = "exact" if size == 224 else "squash"  # the released images have 224 pixels
@@ -199,26 +156,25 @@ def read_tree(name, data_dir, size, options):
         if parts[2] != list(IN9):
             raise UserError(f"{root / train / 'train'}: not the nine classes {', '.join(IN9)}")
         return parts
-    root = find("imagenet", data_dir, ("imagenet", "ILSVRC/Data/CLS-LOC"), ["train"])
-    train = listed(root / "train", COUNTS["imagenet"]["train"], "imagenet train")
+    root = find("imagenet", data_dir, SETS["imagenet"].folders, ["train"])
+    train = listed(root / "train", SETS["imagenet"].counts["train"], "imagenet train")
     classes = train.part(0)[0]
     if len(classes) != 1000 or not all(is_wnid(c) for c in classes):
         raise UserError(
             f"{root / 'train'}: {len(classes)} class folders, ImageNet has 1000 named n01440764 "
             "...; a part of it, or another tree, is --dataset folder"
         )
-    images = folders.Files(train, size=size, **options)
-    images = Images(images, torch.from_numpy(labels_of(train, classes)))
+    images = Files(train, labels_of(train, classes), size=size, **options)
     return images, read_imagenet_test(name, data_dir, classes, size, options), classes
 
 
 def read_in9_test(name, data_dir, size, options):
     """The test images of an IN-9 set alone, which is all that the release of the challenge has."""
-    test = find(name, data_dir, IN9_ROOTS, ["original"]) / IN9_TESTS[name] / "val"
+    test = find(name, data_dir, SETS[name].folders, ["original"]) / SETS[name].test / "val"
     if not test.is_dir():
         raise missing(name, test)
     fit = "exact" if size == 224 else "squash"
-    return read_test(name, test, list(IN9), size, options, COUNTS[name]["val"], fit)
+    return read_test(name, test, list(IN9), size, options, SETS[name].counts["val"], fit)
 
 
 def in9_of_imagenet():
@@ -259,21 +215,21 @@ def imagenet_classes(data_dir):
 def read_imagenet_test(name, data_dir, classes, size, options):
     """Test images of imagenet or one of its test sets, labelled by their place in `classes`."""
     if name == "imagenet":
-        root = find(name, data_dir, ("imagenet", "ILSVRC/Data/CLS-LOC"), ["val"]) / "val"
+        root = find(name, data_dir, SETS[name].folders, ["val"]) / "val"
         if not class_folders(root):
             return read_flat_imagenet(root, data_dir, classes, size, options)
-        return read_test(name, root, classes, size, options, COUNTS[name]["val"])
-    root = next((data_dir / n for n in IMAGENET_TESTS[name] if (data_dir / n).is_dir()), None)
+        return read_test(name, root, classes, size, options, SETS[name].counts["val"])
+    root = next((data_dir / n for n in SETS[name].folders if (data_dir / n).is_dir()), None)
     if root is None:
-        raise missing(name, data_dir / IMAGENET_TESTS[name][0])
+        raise missing(name, data_dir / SETS[name].folders[0])
     if name == "imagenet-c":  # [<group>/]<corruption>/<severity>/<wnid>: all 75 sets in one
         if size != 224:
             raise UserError(f"imagenet-c: its files have 224 pixels, not {size}")
         listing = listed(root, title=name)
-        files = folders.Files(listing, size=size, fit="exact", **options)
         depth = next((d for d in (2, 3) if any(is_wnid(n) for n in listing.part(d)[0])), 2)
-        return in_order(files, labels_of(listing, classes, depth))
-    return read_test(name, root, classes, size, options, COUNTS[name][""])
+        labels = labels_of(listing, classes, depth)
+        return in_order(Files(listing, labels, size=size, fit="exact", **options))
+    return read_test(name, root, classes, size, options, SETS[name].counts[""])
 
 
 def read_flat_imagenet(root, data_dir, classes, size, options):
@@ -297,21 +253,21 @@ def read_flat_imagenet(root, data_dir, classes, size, options):
             f"{root}: no class folders, and no LOC_val_solution.csv or val.txt beside it to give "
             "the labels (the development kit's ground truth numbers its classes otherwise)"
         )
-    listing = listed(root, COUNTS["imagenet"]["val"], "imagenet val")
+    listing = listed(root, SETS["imagenet"].counts["val"], "imagenet val")
     keys = [listing.name(row).split(b".")[0] for row in range(len(listing))]
     unknown = [key for key in keys if key not in truth]
     if unknown:
         raise UserError(f"{path}: no label for {len(unknown)} files, as {unknown[0].decode()}")
     labels = np.array([truth[key] for key in keys], np.int64)
-    return in_order(folders.Files(listing, size=size, **options), labels)
+    return in_order(Files(listing, labels, size=size, **options))
 
 
 def read_tiny_imagenet(data_dir, size, options):
     """(train, test, classes), decoded into memory: train/<wnid>/images/*, val/images/* with
     val_annotations.txt ("name wnid x y w h"); the official test images have no labels."""
-    root = find("tiny-imagenet", data_dir, ("tiny-imagenet-200", "tiny-imagenet"), ["wnids.txt"])
+    root = find("tiny-imagenet", data_dir, SETS["tiny-imagenet"].folders, ["wnids.txt"])
     classes = sorted((root / "wnids.txt").read_text().split())
-    truth, counts = {}, COUNTS["tiny-imagenet"]
+    truth, counts = {}, SETS["tiny-imagenet"].counts
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise missing("tiny-imagenet", annotations)
@@ -330,15 +286,14 @@ def read_tiny_imagenet(data_dir, size, options):
     empty = sorted(set(classes) - set(train.part(0)[0]))
     if empty:
         raise UserError(f"{root / 'train' / empty[0]}: a class without images")
+    fit = "exact" if size == 64 else "squash"
     parts = []
     for listing, labels in (
         (train, labels_of(train, classes)),
         (test, np.array([truth[n] for n in names], np.int64)),
     ):
-        files = folders.Files(listing, size=size, fit="squash", **options | {"device": "cpu"})
-        fit = "exact" if size == 64 else "squash"
-        files.fit = fit
-        parts.append(Images(files, torch.from_numpy(labels)).take(slice(None)))
+        files = Files(listing, labels, size=size, fit=fit, **options | {"device": "cpu"})
+        parts.append(files.take(slice(None)))
     order = torch.randperm(len(parts[1].y), generator=run.generator(0, "test order"))
     return parts[0], parts[1].take(order), classes
 
@@ -350,26 +305,26 @@ def domain_root(name, data_dir):
     """The folder whose folders are the domains of vlcs, pacs or domains."""
     if name == "domains":
         return data_dir
-    return find(name, data_dir, (name.upper(), name), DOMAINS[name][0])
+    return find(name, data_dir, SETS[name].folders, SETS[name].domains)
 
 
 def domain_names(name, data_dir):
     """The domains that are there."""
     if name == "camelyon17":
-        return list(DOMAINS[name][0])
+        return list(SETS[name].domains)
     root = domain_root(name, data_dir)
     there = class_folders(root) if root.is_dir() else []
-    names = [d for d in DOMAINS[name][0] or there if d in there]
+    names = [d for d in SETS[name].domains or there if d in there]
     if len(names) < 2:
         raise UserError(f"{name}: no {root}/<domain>/<class>/* with two domains or more")
     return names
 
 
 def read_domain_tree(name, data_dir, size, options):
-    """(Images of all domains, domain int64 (N,), names, classes) of <domain>/<class>/*. A domain
+    """(Files of all domains, domain int64 (N,), names, classes) of <domain>/<class>/*. A domain
     may lack classes; one that is missing altogether is left out."""
-    wanted, classes = DOMAINS[name]
-    root, wanted = domain_root(name, data_dir), wanted or domain_names(name, data_dir)
+    root = domain_root(name, data_dir)
+    wanted = SETS[name].domains or domain_names(name, data_dir)
     listing = listed(root, title=name)
     found, domain = listing.part(0)
     names = [d for d in wanted if d in found]
@@ -378,12 +333,12 @@ def read_domain_tree(name, data_dir, size, options):
         raise UserError(f"{root}: {extra[0]} is no domain of {name} ({', '.join(wanted)})")
     if len(names) < 2:
         raise UserError(f"{root}: {name} needs two domains or more, has {', '.join(names)}")
-    classes = list(classes or listing.part(1)[0])
+    classes = list(SETS[name].classes or listing.part(1)[0])
     labels = labels_of(listing, classes, depth=1)
     domain = np.array([names.index(d) for d in found], np.int64)[domain]
     for d in wanted:
         count = int((domain == names.index(d)).sum()) if d in names else 0
-        whole = COUNTS.get(name, {}).get(d)
+        whole = SETS[name].counts.get(d)
         if d not in names:
             note(f"{name}: {d} is missing in {root}; it is left out")
             continue
@@ -393,12 +348,12 @@ def read_domain_tree(name, data_dir, size, options):
             note(f"{name}: {d} has no images of {', '.join(absent)}")
         if whole and count != whole:
             note(f"{name}: {d} has {count} images; the whole set has {whole}")
-    files = folders.Files(listing, size=size, fit="squash", scale=(0.7, 1.0), **options)
-    return Images(files, torch.from_numpy(labels)), torch.from_numpy(domain), names, classes
+    files = Files(listing, labels, size=size, fit="squash", **options).cropped((0.7, 1.0))
+    return files, torch.from_numpy(domain), names, classes
 
 
 def read_camelyon17(data_dir, size, options):
-    """(Images, domain, names, classes, split) of the WILDS layout: metadata.csv and patches/. The
+    """(Files, domain, names, classes, split) of the WILDS layout: metadata.csv and patches/. The
     domain is the hospital (column center); split is 0 train, 1 id_val, 2 test, 3 val as in WILDS,
     where hospital 1 is val and 2 is test whatever the column says."""
     root = find("camelyon17", data_dir, ("camelyon17_v1.0", "camelyon17"), ["metadata.csv"])
@@ -423,10 +378,10 @@ def read_camelyon17(data_dir, size, options):
         raise UserError(f"{root}/patches: none of the patches of metadata.csv, as {absent[0]}")
     if absent:
         note(f"camelyon17: {len(absent)} patches are missing, as {absent[0]}")
-    elif len(rows) != COUNTS["camelyon17"][""]:
-        note(f"camelyon17: {len(rows)} patches; the whole set has {COUNTS['camelyon17']['']}")
+    elif len(rows) != SETS["camelyon17"].counts[""]:
+        note(f"camelyon17: {len(rows)} patches; the whole set has {SETS['camelyon17'].counts['']}")
     y, center, split = torch.tensor(table).T.contiguous()
     split[center == 1], split[center == 2] = 3, 2
-    names, classes = (list(part) for part in DOMAINS["camelyon17"])
-    files = folders.Files(listing, rows, size=size, fit="squash", scale=(0.7, 1.0), **options)
-    return Images(files, y), center, names, classes, split
+    names, classes = list(SETS["camelyon17"].domains), list(SETS["camelyon17"].classes)
+    files = Files(listing, y, rows, size=size, fit="squash", **options).cropped((0.7, 1.0))
+    return files, center, names, classes, split

@@ -51,6 +51,7 @@ from common.run.evaluate import (
     metrics,
     metrics_of,
     predict,
+    predict_all,
     to_float,
     warn_of_chance,
 )
@@ -138,6 +139,7 @@ __all__ = [
     "parse",
     "positive",
     "predict",
+    "predict_all",
     "print_findings",
     "print_table",
     "rank",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common.run.device import Precision, rows, summed
+from common.run.errors import UserError
 
 
 def to_float(x):
@@ -66,28 +67,40 @@ def metrics(logits, y, bins=15):
     return metrics_of(counts(logits, y, bins))
 
 
-def evaluate(model, x, y=None, precision=None, batch_size=500, mine=False):
-    """`metrics` of the model on images x (N,3,H,W) with labels y (N,). Percent and nats.
+@torch.inference_mode()
+def predict_all(model, images, precision=None, batch_size=500):
+    """(logits (N,K), labels (N,)) of the images that can be read, in eval mode.
 
-    All processes call it and get the same; each takes a share of the images. mine: x and y are this
-    process's share already (`rows`).
+    images: data.Images, data.Files or the like. Where `only` restricts them to some classes, the
+    logits are those of these classes and the labels count them.
     """
-    if isinstance(x, tuple):
-        precision = precision or y
-        x, y = x
-    if not mine:
-        part = rows(len(y))
-        x, y = x[part], y[part]
-    if len(y):
-        logits = predict(model, x, precision, batch_size)
-        if not isinstance(
-            x, torch.Tensor
-        ):  # folders.Files: what was skipped, and a subset of the classes
-            logits, y = x.scored(logits, y)
-        found = counts(logits, y)
-    else:
-        found = torch.zeros(18, dtype=torch.float64, device=y.device)
-    return metrics_of(summed(found))
+    precision = precision or Precision("fp32", images.device)
+    logits, labels = [], []
+    with eval_mode(model), precision.autocast():
+        for x, y in images.batches(batch_size):
+            logits.append(model(to_float(x)).float())
+            labels.append(y)
+    if not labels:
+        return torch.zeros(0, 1, device=images.device), images.y[:0]
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    if images.only is not None and logits.shape[1] > len(images.only):
+        only = images.only.to(labels.device)
+        logits, labels = logits[:, only], torch.searchsorted(only, labels)
+    return logits, labels
+
+
+def evaluate(model, images, precision=None, batch_size=500, mine=False):
+    """`metrics` of the model on images, see `predict_all`. Percent and nats.
+
+    All processes call it and get the same; each takes a share of the images. mine: the images are
+    this process's share already (`rows`). Raises UserError where no image can be read.
+    """
+    part = images if mine else images.subset(rows(len(images.y)))
+    logits, labels = predict_all(model, part, precision, batch_size)
+    found = summed(counts(logits, labels))
+    if not found[0]:
+        raise UserError("none of the images to evaluate can be read")
+    return metrics_of(found)
 
 
 def errors_of(networks, images, precision=None):
