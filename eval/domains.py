@@ -141,7 +141,7 @@ def evaluate(path, cache, args, precision, device):
     }
     facts["options"] = {k: v for k, v in options.items() if k not in PATHS}
     facts["val_error"] = checkpoint.get("metrics", {}).get("error")
-    bad = {k: len(getattr(v.x, "unreadable", ())) for k, v in cache[key].items()}
+    bad = {k: len(v.unreadable) for k, v in cache[key].items()}
     facts["images"] = {k: len(v.y) - bad[k] for k, v in cache[key].items()}
     facts["unreadable"] = bad
     return facts | {"accuracy": found}

@@ -491,5 +491,5 @@ def test_the_recorded_errors_are_the_engines(shared, cifar10_dir, name):
     for severity, row in enumerate(recorded, 1):
         options = {"frost_dir": shared / "golden" / "frost"} if name == "frost" else {}
         x = corruptions.corrupt(images.x, name, severity, seed=0, **options)
-        error = run.evaluate(net, images._replace(x=x))["error"]
+        error = run.evaluate(net, images.changed(x))["error"]
         assert error == pytest.approx(row["engine"], abs=0.051)

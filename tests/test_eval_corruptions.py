@@ -60,7 +60,7 @@ def test_numbers_are_those_of_the_parts(folder, capsys):
     entry = result["checkpoints"][0]
     assert entry["clean"] == run.evaluate(model, test)
     x = corruptions.corrupt(test.x, "fog", 4, data_dir=str(folder))
-    assert entry["error"]["fog"][3] == run.evaluate(model, test._replace(x=x))["error"]
+    assert entry["error"]["fog"][3] == run.evaluate(model, test.changed(x))["error"]
     assert list(entry["error"]) == corruptions.NAMES + corruptions.EXTRA
     fifteen = [e for name in corruptions.NAMES for e in entry["error"][name]]
     assert len(fifteen) == 75
@@ -292,7 +292,7 @@ def test_adaptation_of_all_images(folder, capsys):
             layer.reset_running_stats()
             layer.momentum = 1.0
     model.train()(run.to_float(x))
-    expected = run.evaluate(model, test._replace(x=x))
+    expected = run.evaluate(model, test.changed(x))
     assert entries[2]["error"]["contrast"] == [expected["error"]]
     assert entries[2]["ece"]["contrast"][0] == pytest.approx(expected["ece"], abs=1e-3)
     with pytest.raises(UserError, match="--adapt 21: there are only 20 images"):
@@ -315,7 +315,7 @@ def test_gamma_mixes_the_statistics_of_dual_bn(folder):
     for kind, entry in zip(("clean", "adversarial"), entries, strict=True):
         models.use_statistics(model, kind)
         assert entry["clean"] == run.evaluate(model, test)
-        assert entry["error"]["brightness"] == [run.evaluate(model, test._replace(x=x))["error"]]
+        assert entry["error"]["brightness"] == [run.evaluate(model, test.changed(x))["error"]]
     checkpoint(folder / "bn.pt")
     with pytest.raises(UserError, match="bn has one"):
         evaluate(folder, folder / "bn.pt", *options, "--gamma", "0.5")

@@ -15,7 +15,7 @@ def corruption_errors(networks, images, precision=None, data_dir="data", scale=N
     for name in NAMES:
         for severity in range(1, 6):
             options = {"index": index, "data_dir": data_dir, "scale": scale}
-            found = mine._replace(x=corrupt(mine.x, name, severity, **options))
+            found = mine.changed(corrupt(mine.x, name, severity, **options))
             for key, model in networks.items():
                 sums[key] += run.evaluate(model, found, precision, mine=True)["error"]
     return {key: value / 75 for key, value in sums.items()}

@@ -5,7 +5,7 @@ few = images.take(rows)                    # these rows as tensors
 part = images.subset(rows)                 # these rows, of the same kind
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from common import run
 
 
-class Images(NamedTuple):
-    """x uint8 (N,3,S,S), y int64 (N,), both on one device."""
+@dataclass(frozen=True)
+class Images:
+    """x uint8 (N,3,S,S), y int64 (N,), both on one device. `x, y = images` takes them apart."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -25,6 +26,13 @@ class Images(NamedTuple):
 
     def __len__(self):
         return len(self.y)
+
+    def __iter__(self):
+        yield from (self.x, self.y)
+
+    def changed(self, x):
+        """Other images with the same labels."""
+        return Images(x, self.y)
 
     @property
     def size(self):
@@ -44,7 +52,7 @@ class Images(NamedTuple):
         return Images(self.x[rows], self.y[rows])
 
     def subset(self, rows):
-        """The same as `take`, for rows of images in memory are views or copies of them."""
+        """The same as `take`: images in memory are decoded."""
         return Images(self.x[rows], self.y[rows])
 
     def cropped(self, scale):
