@@ -161,7 +161,7 @@ def test_user_line_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     final = ct.main(ct.parse_args("--dataset cifar100 --arch wrn28 --epochs 1".split()))
     assert math.isfinite(final["error/student"])
-    assert (tmp_path / "runs" / "ct-cifar100-wrn28-s0" / "last.pt").is_file()
+    assert (tmp_path / "runs" / "ct-cifar100-wrn28-epochs-1-s0" / "last.pt").is_file()
 
 
 # --- bad input ------------------------------------------------------------------------------------
