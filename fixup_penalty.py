@@ -26,7 +26,6 @@ Only the introduction was available to us. Our choices, each an option:
     python fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1 --epochs 40
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -39,17 +38,24 @@ from common import corruptions, data, models, run
 
 # --- options ------------------------------------------------------------------------------------
 
+USUAL = {
+    "arch": "wrn28", "epochs": 200, "batch_size": 128, "lr": 0.1, "limit": 0, "augment": True,
+    "corrupted_images": 500, "eval_every": 5,
+}  # fmt: skip
 DEFAULTS = {
     "shapes": {
-        "arch": "resnet8", "epochs": 80, "val_size": 200, "limit": 1000, "augment": False,
-        "image_size": 16, "batch_size": 64, "lr": 0.2, "corrupted_images": 0, "eval_every": 5,
+        "arch": "resnet8", "epochs": 80, "batch_size": 64, "lr": 0.2, "limit": 1000,
+        "augment": False, "image_size": 16, "corrupted_images": 0, "eval_every": 5,
     },
-    "cifar10": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
-    "cifar100": {"arch": "wrn28", "epochs": 200, "val_size": 5000, "eval_every": 5},
-    "svhn": {"arch": "wrn28", "epochs": 200, "val_size": 3257, "eval_every": 5},
-    "folders": {"arch": "resnet50", "epochs": 90, "val_size": 10_000, "eval_every": 5},
+    **dict.fromkeys(("cifar10", "cifar100", "svhn"), USUAL),
+    "folders": USUAL | {"arch": "resnet50", "epochs": 90},
 }  # fmt: skip
-GENERAL = {"limit": 0, "augment": True, "batch_size": 128, "lr": 0.1, "corrupted_images": 500}
+HELD_OUT = {
+    "shapes": 200,
+    "svhn": 3257,
+    "cifar10": 5000,
+    "cifar100": 5000,
+}  # by --tune, else 10,000
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
 PENALTIES, INITS = ("penalty", "embedding", "logits"), ("he", "glorot")
 TUNED = {  # the values that --tune tries
@@ -58,63 +64,35 @@ TUNED = {  # the values that --tune tries
 
 
 def parse_args(argv=None):
+    positive, nonnegative = run.positive, run.nonnegative
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
-    group = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0)
-    group.add_argument(
-        "--scalar-lr", type=run.positive(float), default=0.1,
-        help="learning-rate factor for Fixup's scalar biases and multipliers",
-    )  # fmt: skip
-    group.add_argument(
-        "--schedule", default="cosine", choices=["cosine", "steps"],
-        help="of the learning rate; steps: x0.1 at 1/2 and 3/4",
-    )  # fmt: skip
-    group.add_argument(
-        "--mixup", type=run.nonnegative(float), default=0.0, help="its alpha; 0 is none"
-    )
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})"
-    )
-    group.add_argument(
-        "--norm", help=f"one variant only (default: --variants): {', '.join(models.NORMS)}"
-    )
-    group.add_argument(
+    add = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0).add_argument
+    add("--scalar-lr", type=positive(float), default=0.1, help="rate of Fixup's scalars / --lr")
+    schedules = ["cosine", "steps"]
+    add("--schedule", default="cosine", choices=schedules, help="steps: x0.1 at 1/2 and 3/4")
+    add("--mixup", type=nonnegative(float), default=0.0, help="its alpha; 0 is none")
+    add = parser.add_argument_group("method").add_argument
+    add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")
+    add("--norm", choices=models.NORMS, help="one network: short for --variants NAME")
+    add(
         "--init", choices=["he", "glorot", "fixup"],
         help="start of the weights (default: fixup for norm fixup, else he)",
     )  # fmt: skip
-    group.add_argument(
-        "--penalty", default="none", choices=["embedding", "logits", "none"],
-        help="what +penalty keeps small; none means the embedding where a variant has +penalty",
-    )  # fmt: skip
-    group.add_argument(
-        "--penalty-weight", type=run.nonnegative(float), default=0.001, help="factor of the penalty"
-    )
-    group.add_argument(
-        "--penalty-reduction", default="sum", choices=["mean", "sum"], help="over dimensions"
-    )
-    group.add_argument(
-        "--dropout", type=run.fraction, default=0.0,
-        help="rate for variants with +dropout; 0 means 0.3 there",
-    )  # fmt: skip
-    group.add_argument(
-        "--aux-batch", type=run.positive(int), default=1024, help="images of bn-aux's statistics"
-    )
-    group.add_argument(
-        "--tune", action="store_true",
-        help="choose rate, weight and dropout on a validation split, then train on all images",
-    )  # fmt: skip
+    kinds = ["embedding", "logits", "none"]
+    add("--penalty", default="none", choices=kinds, help="what +penalty keeps small: embedding")
+    add("--penalty-weight", type=nonnegative(float), default=0.001, help="its factor in the loss")
+    add("--penalty-reduction", default="sum", choices=["mean", "sum"], help="over dimensions")
+    add("--dropout", type=run.fraction, default=0.0, help="rate of +dropout; 0 means 0.3 there")
+    add("--aux-batch", type=positive(int), default=1024, help="images of bn-aux's statistics")
+    add("--tune", action="store_true", help="choose rate, weight and dropout on a validation split")
     run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser)
-    parser.set_defaults(limit=None, augment=None, batch_size=None, lr=None, corrupted_images=None)
-    parser.add_argument("--growth", help=argparse.SUPPRESS)
+    run.defaults_by_data(parser, DEFAULTS)
     args = run.parse(parser, argv)
-    if args.growth:
-        again = run.command("eval/growth.py", "--depths", args.growth)
-        raise run.UserError(f"--growth: {again}")
-    row = run.defaults_for(DEFAULTS, args.dataset)
-    run.fill(args, GENERAL | row)
-    args.val_size = args.val_size or (row["val_size"] if args.tune else 0)
+    run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
+    if args.tune and not args.val_size:
+        args.val_size = HELD_OUT.get(args.dataset.removesuffix(".1"), 10_000)
     if args.norm:
         words = [args.penalty] * (args.penalty != "none") + ["dropout"] * (args.dropout > 0)
         single = ["+".join([args.norm, *words])]
@@ -140,20 +118,22 @@ def options_of(name, args):
     own = run.changed(args, norm=norm, penalty="none", dropout=0.0)
     own.init = args.init or ("fixup" if norm == "fixup" else "he")
     for word in words:
-        if word == "penalty":
-            own.penalty = "logits" if args.penalty == "logits" else "embedding"
+        if word in PENALTIES:
+            usual = "logits" if args.penalty == "logits" else "embedding"
+            own.penalty = usual if word == "penalty" else word
         elif word == "dropout":
             own.dropout = args.dropout or 0.3
-        elif word in PENALTIES:
-            own.penalty = word
         else:
             own.init = word
-    if norm == "fixup" and own.init != "fixup":
-        raise run.UserError(f"variant {name}: fixup is an initialisation; --init {own.init} is not")
-    if own.init == "fixup" and norm not in ("fixup", "none", "noise"):
-        raise run.UserError(f"--init fixup takes no normaliser: norm fixup or none, not {norm}")
-    if norm == "bn-aux" and args.mixup:
-        raise run.UserError("bn-aux: the auxiliary images are not mixed, so --mixup must be 0")
+    wrong = {
+        f"variant {name}: fixup is an initialisation; --init {own.init} is not":
+            norm == "fixup" and own.init != "fixup",
+        f"--init fixup takes no normaliser: norm fixup or none, not {norm}":
+            own.init == "fixup" and norm not in ("fixup", "none", "noise"),
+        "bn-aux: the auxiliary images are not mixed, so --mixup must be 0":
+            norm == "bn-aux" and args.mixup > 0,
+    }  # fmt: skip
+    run.refuse(wrong)
     return own
 
 
@@ -186,9 +166,7 @@ def build(args, dataset, device):
     torch.manual_seed(run.seed_key(args.seed, "init"))
     model = models.build(args.arch, args.norm, **dataset.model_kwargs)
     models.INITS[args.init](model)
-    for module in model.modules():
-        if isinstance(module, models.BatchNoise):
-            module.images = args.batch_size
+    models.set_noise(model, args.batch_size)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -278,31 +256,26 @@ def log_start(stage, model, dataset, args, rundir):
 
 
 def tune(name, own, dataset, rundir, precision):
-    """The options of a variant with the rate, weight and dropout of least validation error; a
-    trial that diverges counts as 100 %."""
-    values = [TUNED["lr"]]
-    values.append(TUNED["penalty_weight"] if own.penalty != "none" else (own.penalty_weight,))
-    values.append(TUNED["dropout"] if own.dropout else (0.0,))
-    trials = []
-    for lr, weight, dropout in itertools.product(*values):
-        chosen = {"lr": lr, "penalty_weight": weight, "dropout": dropout}
-        trial = run.changed(own, **chosen)
-        title = f"tune-{name}-{lr:g}-{weight:g}-{dropout:g}"
-        model = build(trial, dataset, precision.device)
-        try:
-            task = make_task(dataset, trial)
-            error = train(title, model, trial, task, rundir, precision)["error"]
-        except run.Diverged:
-            error = 100.0
-        rundir.log(event="trial", variant=name, val_error=error, **chosen)
-        trials.append((error, chosen))
-    error, chosen = min(trials, key=lambda trial: trial[0])
-    rundir.log(event="tuned", variant=name, val_error=error, **chosen)
-    print(f"{name}: validation error {error:.2f} % with {chosen}")
-    return run.changed(own, **chosen)
+    """The options of a variant with the rate, weight and dropout of least validation error."""
+    values = {k: v for k, v in TUNED.items() if k == "lr"}
+    if own.penalty != "none":
+        values["penalty_weight"] = TUNED["penalty_weight"]
+    if own.dropout:
+        values["dropout"] = TUNED["dropout"]
+
+    def error_of(options, title):
+        model, task = build(options, dataset, precision.device), make_task(dataset, options)
+        return train(f"tune-{name}-{title}", model, options, task, rundir, precision)["error"]
+
+    return run.search(name, own, values, error_of, rundir)
 
 
 # --- main ---------------------------------------------------------------------------------------
+
+SHOWN = {
+    "train_accuracy": "train %", "error": "test %", "corrupted": "corrupted %",
+    "final_layer": "final layer",
+}  # fmt: skip
 
 
 def main(args):
@@ -316,77 +289,72 @@ def main(args):
         raise run.UserError("--corrupted-images: the corruptions need images of 24 pixels or more")
     make_task(dataset, args)
     seeds = range(args.seed, args.seed + args.seeds)
-    suffix = {seed: f"-s{seed}" if args.seeds > 1 else "" for seed in seeds}
     last = args.variants[0] if len(variants) * args.seeds == 1 else None
-    results = ("error", "corrupted", "train_accuracy", "final_layer")
-    rundir = run.RunDir(args, __file__, precision, last, results)  # from here on files appear
+    rundir = run.RunDir(args, __file__, precision, last, SHOWN)  # from here on files appear
 
     if args.tune:
         variants = {k: tune(k, own, dataset, rundir, precision) for k, own in variants.items()}
         dataset = data.from_args(args, device, val_size=0)
+    stages = {}  # of every variant the networks of all seeds
+    for name in variants:
+        stages[name] = [name if args.seeds == 1 else f"{name}-s{seed}" for seed in seeds]
+    rundir.plan(**dict.fromkeys(itertools.chain(*stages.values()), args.epochs))
     networks, metrics = {}, {}
-    rundir.plan(**{name + end: args.epochs for name in variants for end in suffix.values()})
-    for (name, own), seed in itertools.product(variants.items(), seeds):
-        own = run.changed(own, seed=seed)
-        stage = name + suffix[seed]
-        networks[stage] = build(own, dataset, device)
-        task = make_task(dataset, own)
-        log_start(stage, networks[stage], dataset, args, rundir)
-        metrics[stage] = train(stage, networks[stage], own, task, rundir, precision)
-    return report(networks, metrics, variants, suffix, dataset, args, rundir, precision)
+    for name, own in variants.items():
+        for stage, seed in zip(stages[name], seeds, strict=True):
+            own = run.changed(own, seed=seed)
+            networks[stage] = build(own, dataset, device)
+            task = make_task(dataset, own)
+            log_start(stage, networks[stage], dataset, args, rundir)
+            metrics[stage] = train(stage, networks[stage], own, task, rundir, precision)
+    return report(networks, metrics, stages, dataset, args, rundir, precision)
 
 
-def report(networks, metrics, variants, suffix, dataset, args, rundir, precision):
+def report(networks, metrics, stages, dataset, args, rundir, precision):
     """Print the table of medians over seeds; returns {"<metric>/<variant>": median}."""
-    for stage, model in networks.items():
-        metrics[stage]["error"] = run.evaluate(model, dataset.test, precision)["error"]
-    run.warn_of_chance({k: 100 - m["error"] for k, m in metrics.items()}, len(dataset.classes))
-    shown = {"train %": "train_accuracy", "test %": "error"}
+    errors = {"error": run.errors_of(networks, dataset.test, precision)}
     if args.corrupted_images:
         few = dataset.test.take(slice(0, args.corrupted_images))
-        errors = corruptions.corruption_errors(
+        errors["corrupted"] = corruptions.corruption_errors(
             networks, few, precision, args.data_dir, dataset.scale
         )
-        for stage, value in errors.items():
-            metrics[stage]["corrupted"] = value
-        shown["corrupted %"] = "corrupted"
-    shown["final layer"] = "final_layer"
-    final, rows = {}, []
-    for name in variants:
-        row = [name]
-        for key in shown.values():
-            values = [metrics[name + end][key] for end in suffix.values()]
-            final[f"{key}/{name}"] = statistics.median(values)
-            rundir.log(event="result", variant=name, metric=key, values=values)
-            is_error = key in ("error", "corrupted")
-            row.append(100 - statistics.median(values) if is_error else statistics.median(values))
-        rows.append(row)
+    found = dict(errors)
+    for metric in ("train_accuracy", "final_layer"):
+        found[metric] = {stage: own[metric] for stage, own in metrics.items()}
+    final, columns = {}, {}
+    for metric in (k for k in SHOWN if k in found):
+        columns[SHOWN[metric]] = column = {}
+        for name, own in stages.items():
+            values = [found[metric][stage] for stage in own]
+            rundir.log(event="result", variant=name, metric=metric, values=values)
+            middle = final[f"{metric}/{name}"] = statistics.median(values)
+            column[name] = 100 - middle if metric in errors else middle
     rundir.close(final)
-    print(f"\n{run.table(rows, ['variant', *shown])}")
+    run.warn_of_chance(columns["test %"], len(dataset.classes))
+    run.print_table(columns, "variant")
     print("train, test, corrupted: accuracy, higher is better; final layer: mean square of the")
     print("embedding at the end of training, the growth that BatchNorm prevents")
     print(f"{args.dataset}, {len(dataset.train)} training images, {len(dataset.test)} test images,")
-    print(f"  last epoch, median of seeds {list(suffix)}")
-    print("\nPaper: Fixup and the penalty bring a large part of BatchNorm's test accuracy back.")
-    print(f"Here: {verdict(final)}")
-    print("\nNext:\n  tensorboard --logdir runs     # growth of the final layer, tag embedding")
-    print("  python fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1")
+    print(f"  {args.arch}, last epoch, median of {args.seeds} seeds from {args.seed} on")
+    paper = "Fixup and the penalty bring a large part of BatchNorm's test accuracy back."
+    following = {
+        "tensorboard --logdir runs": "growth of the final layer, tag embedding",
+        "python fixup_penalty.py --dataset cifar10 --limit 4000 --arch wrn16-1": "real images",
+    }
+    run.print_findings(paper, verdict(columns), following)
     return final
 
 
-def verdict(final):
+def verdict(columns):
     """A sentence made of the table: how much of the gap between none and bn comes back."""
-    none, bn = final.get("error/none"), final.get("error/bn")
-    if none is None or bn is None:
+    test, size = columns["test %"], columns["final layer"]
+    if not {"none", "bn"} <= set(test):
         return "the sentence needs the variants none and bn."
-    words = []
-    for key, error in final.items():
-        name = key.removeprefix("error/")
-        if key.startswith("error/") and name not in ("none", "bn"):
-            words.append(f"{name} {none - error:+.1f}")
-    text = f"test accuracy against none: bn {none - bn:+.1f} points, {', '.join(words)}"
-    sizes = [final.get(f"final_layer/{name}") for name in ("none", "bn")]
-    return f"{text}; final layer {sizes[0]:.3g} without BatchNorm, {sizes[1]:.3g} with it."
+    words = [f"{name} {test[name] - test['none']:+.1f}" for name in test if name != "none"]
+    return (
+        f"test accuracy against none, in points: {', '.join(words)}; final layer "
+        f"{size['none']:.3g} without BatchNorm, {size['bn']:.3g} with it."
+    )
 
 
 if __name__ == "__main__":

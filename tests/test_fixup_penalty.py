@@ -460,6 +460,7 @@ def test_svhn_is_an_npz_and_not_mirrored(tmp_path):
         ("--dropout 0.5 --variants none,bn", r"no variant has \+dropout"),
         ("--penalty logits --variants none", r"no variant has \+penalty"),
         ("--growth 10,16", "eval/growth.py"),
+        ("--tune-epochs=3", "is gone: a trial is as long as a training"),
     ],
 )
 def test_bad_options(options, text):

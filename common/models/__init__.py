@@ -68,6 +68,7 @@ from common.models.norms import (
     group_norm,
     measure_statistics,
     mix_statistics,
+    set_noise,
     shift,
     use_statistics,
 )
@@ -170,6 +171,7 @@ __all__ = [
     "pool",
     "scale_branches",
     "set_drop_path",
+    "set_noise",
     "shift",
     "triple",
     "use_statistics",

@@ -187,6 +187,13 @@ class BatchNoise(nn.Module):
         return x * (1 - v).to(x.dtype) + (v * mu - sigma * u).to(x.dtype)
 
 
+def set_noise(model, images):
+    """Let every BatchNoise draw the noise of batches of so many images."""
+    for module in model.modules():
+        if isinstance(module, BatchNoise):
+            module.images = images
+
+
 class DualBatchNorm(nn.Module):
     """BatchNorm with statistics, gain and shift of its own for clean and for adversarial images
     (AdvProp, Xie et al. 2020). `use_statistics` chooses; adversarial ones until then."""

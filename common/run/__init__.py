@@ -20,6 +20,7 @@ from common.run.cli import (
     nonnegative,
     parse,
     positive,
+    refuse,
 )
 from common.run.clipping import clip_adaptively
 from common.run.device import (
@@ -59,7 +60,7 @@ from common.run.loop import Loop
 from common.run.pictures import captioned
 from common.run.plot import line_plot
 from common.run.progress import Progress, clock
-from common.run.repeat import each_domain, each_seed, repeat
+from common.run.repeat import each_domain, each_seed, repeat, search
 from common.run.report import accuracy_columns, print_findings, print_table
 from common.run.results import (
     Results,
@@ -143,11 +144,13 @@ __all__ = [
     "print_findings",
     "print_table",
     "rank",
+    "refuse",
     "repeat",
     "row_titles",
     "rows",
     "save_checkpoint",
     "scatter_chart",
+    "search",
     "seed_key",
     "share",
     "spread",

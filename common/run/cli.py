@@ -117,6 +117,18 @@ def listed(kind):
     return parse
 
 
+MOVED = {  # options of earlier versions: what to do now
+    "--growth": "use python eval/growth.py --depths 10,16,28,40",
+    "--growth-epochs": "train with --epochs and look at the tag embedding in TensorBoard",
+    "--tune-lrs": "TUNED in fixup_penalty.py holds the values that are tried",
+    "--tune-weights": "TUNED in fixup_penalty.py holds the values that are tried",
+    "--tune-dropouts": "TUNED in fixup_penalty.py holds the values that are tried",
+    "--tune-epochs": "a trial is as long as a training",
+    "--noise-batch": "the noise is that of --batch-size",
+    "--decode": "pictures are decoded by Pillow",
+    "--keep": "the newest checkpoint and the one before it are kept",
+    "--max-skips": "a run in fp16 stops when its scale has fallen too low",
+}
 METAVARS = {"int": "N", "float": "X", "list of float": "X,X,...", "list of str": "NAME,..."}
 
 
@@ -192,6 +204,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([home(word) for word in args], namespace)
 
     def error(self, message):
+        for old, new in MOVED.items():
+            if re.search(rf"unrecognized arguments:(.* )?{old}( |=|$)", message):
+                raise UserError(f"{old} is gone: {new}")
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
@@ -340,6 +355,13 @@ def parse(parser, argv=None):
     args.resume = folder
     args.differs = {k: v for k, v in vars(args).items() if k not in PLUMBING and v != usual[k]}
     return args
+
+
+def refuse(wrong):
+    """Raise UserError for the first message of {message: whether it is so} that holds."""
+    for message, is_so in wrong.items():
+        if is_so:
+            raise UserError(message)
 
 
 def changed(args, **values):

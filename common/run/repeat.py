@@ -1,9 +1,11 @@
 """One script run several times, for seeds or left-out domains, with one table at the end."""
 
+import itertools
 import statistics
 from pathlib import Path
 
 from common.run.cli import changed, command
+from common.run.errors import Diverged
 from common.run.report import print_average
 from common.run.results import table
 from common.run.rundir import default_name
@@ -45,6 +47,26 @@ def each_seed(main, args):
         rows.append(row)
     print(f"\n{table(rows, [f'mean +- sd of {args.seeds} seeds', *metrics])}")
     return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
+
+
+def search(name, args, values, error_of, rundir):
+    """The options `args` with the combination of {option: values} of least error (%).
+
+    error_of(options, title) trains one trial and returns its validation error. A trial that
+    diverges counts as 100 %. log.jsonl gets every trial of the network `name`, and the choice."""
+    trials = []
+    for trial in itertools.product(*values.values()):
+        chosen = dict(zip(values, trial, strict=True))
+        try:
+            error = error_of(changed(args, **chosen), "-".join(f"{v:g}" for v in trial))
+        except Diverged:
+            error = 100.0
+        rundir.log(event="trial", variant=name, val_error=error, **chosen)
+        trials.append((error, chosen))
+    error, chosen = min(trials, key=lambda trial: trial[0])
+    rundir.log(event="tuned", variant=name, val_error=error, **chosen)
+    print(f"{name}: validation error {error:.2f} % with {chosen}")
+    return changed(args, **chosen)
 
 
 def each_domain(main, args, domains, networks):
