@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -257,6 +258,23 @@ def test_an_error_is_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         run.cli(main, lambda: None)
     assert end.value.code == 2 and capsys.readouterr().err == "error: a b: no such file\n"
+
+
+def test_a_file_system_that_refuses_is_one_line(capsys, tmp_path):
+    def main(args):
+        (tmp_path / ("x" * 300)).is_dir()
+
+    with pytest.raises(SystemExit) as end:
+        run.cli(main, lambda: None)
+    assert end.value.code == 2 and re.fullmatch("error: .*xx: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", [run.positive, run.nonnegative])
+def test_numbers_that_64_bits_do_not_hold(kind):
+    assert kind(int)(str(2**63 - 1)) == 2**63 - 1 and kind(float)("1e30") == 1e30
+    for text in (str(2**63), "9" * 40):
+        with pytest.raises(argparse.ArgumentTypeError, match="finite"):
+            kind(int)(text)
 
 
 # --- where it runs --------------------------------------------------------------------------------

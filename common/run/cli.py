@@ -53,6 +53,11 @@ def cli(main, parse_args):
         reason = " ".join(str(error).splitlines())  # of a path, say, with a line break in its name
         print(f"error: {reason}" if not own else f"process {own}: {reason}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # as of a name that is too long, where a file is only looked for
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -73,12 +78,17 @@ def cli(main, parse_args):
             dist.destroy_process_group()
 
 
+def too_large(value):
+    """Whether a whole number does not fit in the 64 bits that PyTorch counts with."""
+    return isinstance(value, int) and value >= 2**63
+
+
 def positive(kind):
     """argparse type: an int or float above zero."""
 
     def parse(text):
         value = kind(text)
-        if not value > 0 or value == float("inf"):
+        if not value > 0 or value == float("inf") or too_large(value):
             raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
         return value
 
@@ -91,7 +101,7 @@ def nonnegative(kind):
 
     def parse(text):
         value = kind(text)
-        if not value >= 0 or value == float("inf"):
+        if not value >= 0 or value == float("inf") or too_large(value):
             raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
         return value
 
