@@ -1,6 +1,7 @@
 """Trees of image files: every kind of bad input, the cached listing, batches as of a tensor."""
 
 import errno
+import io
 import multiprocessing
 import os
 import random
@@ -157,27 +158,59 @@ for name in names:
 """
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
-def test_damaged_files_do_not_end_the_process(tmp_path, count):
-    """Bytes changed, cut or put in, of six formats: a picture or Unreadable, and no signal."""
-    rng = np.random.default_rng(0)
+def damaged(rng, folder, count):
+    """`count` files of each of six formats in the folder, with bytes changed, put in or cut off."""
     image = Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8))
     for suffix in ("jpg", "png", "gif", "webp", "bmp", "tiff"):
-        image.save(tmp_path / f"whole.{suffix}")
-        whole = (tmp_path / f"whole.{suffix}").read_bytes()
-        (tmp_path / f"whole.{suffix}").unlink()
+        whole = io.BytesIO()
+        image.save(whole, {"jpg": "jpeg"}.get(suffix, suffix))
         for k in range(count):
-            content = bytearray(whole)
+            content = bytearray(whole.getvalue())
             for _ in range(rng.integers(1, 30)):
                 content[rng.integers(len(content) if k % 2 else 60)] = rng.integers(256)
             if k % 5 == 0:
                 del content[rng.integers(len(content)) :]
-            (tmp_path / f"{k}.{suffix}").write_bytes(content)
+            (folder / f"{k}.{suffix}").write_bytes(content)
+
+
+MANY = [20, pytest.param(500, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", MANY)
+def test_damaged_files_do_not_end_the_process(tmp_path, count):
+    """A damaged file is a picture or Unreadable, and no signal. Both outcomes occur."""
+    damaged(np.random.default_rng(0), tmp_path, count)
     done = subprocess.run([sys.executable, "-c", DAMAGE, str(tmp_path)], capture_output=True,
                           text=True, cwd=Path(__file__).parents[1])  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
     reasons = done.stdout.splitlines()
-    assert count < len(reasons) < 6 * count  # both outcomes occur
+    assert count < len(reasons) < 6 * count
+
+
+@pytest.mark.parametrize("count", MANY)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_files_are_named_counted_and_left_out(tree, capfd, count, workers):
+    """Of a tree whose validation set has 8 whole files and `count` damaged ones of six formats."""
+    folder = tree / "val" / "cat"
+    before = set(folder.iterdir())
+    damaged(np.random.default_rng(1), folder, count)
+    bad = set()
+    for path in set(folder.iterdir()) - before:
+        try:
+            decode.decode(str(path))
+        except decode.Unreadable:
+            bad.add(str(path))
+    assert count < len(bad) < 6 * count
+    images = load(tree, workers=workers).test
+    labels = torch.cat([y for _, y in images.batches(50)])
+    assert len(images) == 8 + 6 * count and len(labels) == len(images) - len(bad)
+    assert (labels == 1).sum() == 4  # of the folder without a damaged file
+    assert {images.listing.path(row) for row in images.bad} == bad
+    assert len(images.unreadable) == len(bad)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert len(lines) == min(len(bad), files.NAMED) + len(bad) // 1000
+    assert "more are only counted" in lines[files.NAMED - 1]
+    assert len(images.take(slice(None))) == len(labels)
 
 
 def test_what_is_no_file_is_not_opened(tmp_path):
