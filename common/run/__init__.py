@@ -1,5 +1,6 @@
 """Everything around a method: errors, options, device, checkpoints, the run directory, the loop."""
 
+from common.run.bands import banded, charts, draw_bands, medians, read_history
 from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
@@ -66,6 +67,7 @@ from common.run.results import (
     Results,
     add_table_arguments,
     compare,
+    finite,
     form_of,
     format_table,
     gap,
@@ -77,7 +79,7 @@ from common.run.results import (
     weights_digest,
     write_json,
 )
-from common.run.rundir import RunDir, lock
+from common.run.rundir import RunDir, lock, read_options
 
 __all__ = [
     "ROOT",
@@ -97,10 +99,12 @@ __all__ = [
     "add_evaluation_arguments",
     "add_recipe_arguments",
     "add_table_arguments",
+    "banded",
     "by_data",
     "can_compile",
     "captioned",
     "changed",
+    "charts",
     "check_finite",
     "cli",
     "clip_adaptively",
@@ -112,12 +116,14 @@ __all__ = [
     "custom_scalars",
     "defaults_by_data",
     "defaults_for",
+    "draw_bands",
     "each_domain",
     "each_seed",
     "errors_of",
     "eval_mode",
     "evaluate",
     "fill",
+    "finite",
     "form_of",
     "format_table",
     "fraction",
@@ -133,6 +139,7 @@ __all__ = [
     "lock",
     "mean",
     "mean_sd",
+    "medians",
     "metrics",
     "metrics_of",
     "nonnegative",
@@ -144,6 +151,8 @@ __all__ = [
     "print_findings",
     "print_table",
     "rank",
+    "read_history",
+    "read_options",
     "refuse",
     "repeat",
     "row_titles",

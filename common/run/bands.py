@@ -1,0 +1,89 @@
+"""Measurements of bn_ablation.py: rows of log.jsonl as curves, and bands around them.
+
+A row holds lists where something was measured at several step sizes; its curve is their mean and
+its band goes from the least to the largest.
+"""
+
+import json
+import statistics
+
+from common.run.chart import line_chart
+
+LINEAR_AXIS = ("accuracy", "test", "shift_cos", "slot")  # of charts; the others are logarithmic
+
+
+def charts(row):
+    """{chart: (value, low, high)} of one row of log.jsonl; a value without a band is all three."""
+    result = {k: (row[k],) * 3 for k in ("loss", "accuracy", "test") if k in row}
+    for kind in ("", "random_"):
+        for chart, key in (("landscape", "loss_at"), ("predictiveness", "difference_at")):
+            band = [v for v in row.get(kind + key, []) if v is not None]
+            if band:
+                result[kind + chart] = (sum(band) / len(band), min(band), max(band))
+        if kind + "beta" in row:
+            result[kind + "beta"] = (row[kind + "beta"],) * 3
+    for layer, (length, cosine) in row.get("shift", {}).items():
+        result[f"shift_l2_{layer}"], result[f"shift_cos_{layer}"] = (length,) * 3, (cosine,) * 3
+    for slot, v in row.get("slots", {}).items():
+        low, middle, high = v["quantiles"]
+        result[f"slot_{slot}"] = (middle, low, high)
+        for key in ("mean_step", "var_step"):
+            result[f"{key}_{slot}"] = (v[key],) * 3
+    return {k: v for k, v in result.items() if None not in v}
+
+
+def banded(rows):
+    """The charts of `run.custom_scalars`: margins for the measurements that have a band."""
+    banded = {}
+    for row in rows:
+        for chart, (_, low, high) in charts(row).items():
+            banded[chart] = banded.get(chart, False) or low < high
+    return {chart: ([chart],) for chart, has_band in banded.items() if has_band}
+
+
+def draw_bands(folder, history, factors):
+    """One SVG per chart with all runs, and one per run of the gradient difference against the step
+    size (the paper's Fig. 11). history: {run: [row, ...]}; factors: the step sizes / lr."""
+    folder.mkdir(exist_ok=True)
+    curves = {}
+    for name, rows in history.items():
+        for row in rows:
+            for chart, point in charts(row).items():
+                curves.setdefault(chart, {}).setdefault(name, []).append((row["step"], *point))
+        rows, lines = [r for r in rows if None not in r.get("difference_at", [None])], {}
+        for row in rows[:: max(1, len(rows) // 5)]:
+            points = zip(factors, row["difference_at"], strict=True)
+            lines[f"step {row['step']}"] = [(e, d, d, d) for e, d in points]
+        title = f"gradient difference over eta / lr, {name}"
+        line_chart(folder / f"stepsize_{name}.svg", title, lines, log=True)
+    for chart, lines in curves.items():
+        log = not chart.startswith(LINEAR_AXIS)
+        line_chart(folder / f"{chart}.svg", chart, lines, log)
+
+
+def read_history(folder, names=()):
+    """{run: rows} of an earlier log.jsonl; what was measured twice at a step
+    counts once, the later."""
+    history = {name: {} for name in names}
+    if (folder / "log.jsonl").exists():
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row.get("run") and "event" not in row:
+                name = row.pop("run")
+                history.setdefault(name, {})[(row["step"], *sorted(row))] = row
+    return {name: list(rows.values()) for name, rows in history.items()}
+
+
+def medians(rows):
+    """Medians over the measured steps of one run, {name: number}."""
+    points = {}
+    for row in rows:
+        for chart, (value, low, high) in charts(row).items():
+            points.setdefault(chart, []).append(value)
+            if chart.endswith(("landscape", "predictiveness")):
+                points.setdefault(f"{chart}_width", []).append(high - low)
+                points.setdefault(f"{chart}_high", []).append(high)
+    skip = ("loss", "accuracy", "test", "slot")
+    medians = {k: statistics.median(v) for k, v in points.items() if not k.startswith(skip)}
+    last = {k: v[-1] for k, v in points.items() if k in skip}
+    return last | medians
