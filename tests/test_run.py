@@ -241,6 +241,13 @@ def test_a_command_can_be_pasted_into_a_shell():
     ]
 
 
+def test_a_script_without_docstrings_has_its_options():
+    """As under python -OO, which leaves them out."""
+    parser = run.Parser("a.py", None)
+    parser.add_argument("--out", help="a folder")
+    assert "a folder" in parser.format_help()
+
+
 def test_words_that_no_option_can_take():
     parser = run.Parser("a.py", "Doc.")
     parser.add_argument("--out")

@@ -8,10 +8,10 @@ class Batches:
     """Shuffled batches for training; `batches(step)` depends on (seed, step) alone.
 
     images: Images or Files. The rows of an epoch's order that fill no batch are left out.
-    augment: images in memory get a random crop after zero padding by an eighth of the side (4
-    pixels at 32, as He et al. 2016), files a random resized crop. With `flip` both are mirrored at
-    random. Order and draws are made for the global batch of `batch_size`. Each process gets its own
-    rows of it, or all of them with `whole`.
+    augment: images in memory get a random crop after zero padding by an eighth of the side. These
+    are 4 pixels at 32, as in He et al. 2016. Files get a random resized crop. With `flip` both are
+    mirrored at random. Order and draws are made for the global batch of `batch_size`. Each process
+    gets its own rows of it, or all of them with `whole`.
     """
 
     def __init__(self, images, batch_size, seed, augment=True, flip=True, whole=False):

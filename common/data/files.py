@@ -34,9 +34,11 @@ TRIES = 100  # files tried in the place of one that cannot be read
 
 
 class Reader(Dataset):
-    """Decodes batches in the loader's processes. reader[epoch, positions, augment], epoch None for
-    an evaluation, is (uint8 (n,3,S,S), the positions it holds, [(row, reason)] unreadable), or the
-    text of a UserError."""
+    """Decodes batches in the loader's processes.
+
+    reader[epoch, positions, augment] is (x uint8 (n,3,S,S), positions held (n,), [(row, reason)] of
+    the unreadable files). In an evaluation epoch is None. An error is returned as its text.
+    """
 
     def __init__(self, files, seed=0, flip=True):
         self.listing, self.rows = files.listing, files.rows
@@ -81,8 +83,9 @@ SIGNALS = {getattr(signal, name) for name in ANSWERED if hasattr(signal, name)}
 
 
 def started(loader):
-    """An iterator of the loader, whose workers start with the signals blocked. Raises UserError
-    where the machine has no more files, processes or memory for them."""
+    """An iterator of the loader, whose workers start with the signals blocked.
+
+    Raises UserError where the machine has no more files, processes or memory for them."""
     try:
         return _started(loader)
     except OSError as error:
@@ -107,8 +110,10 @@ def _started(loader):
 
 
 def leave_signals(worker):
-    """In a worker: Ctrl-C and what a scheduler sends to all processes are the trainer's to answer,
-    which still needs batches to finish its step; a SIGTERM counts from the trainer alone."""
+    """Make a worker ignore the signals that a scheduler or Ctrl-C sends to all processes.
+
+    The trainer answers them, and still needs batches to finish its step. A SIGTERM ends the worker
+    only when the trainer sent it."""
     parent = multiprocessing.parent_process().pid
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
@@ -178,6 +183,7 @@ class Files:
         return part
 
     def to(self, device):
+        """The same files, read to another device."""
         part = copy.copy(self)
         part.device = torch.device(device)
         part.y = self.y.to(device)

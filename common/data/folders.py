@@ -27,9 +27,10 @@ CACHED = 20_000  # files from which on a listing is kept on disk
 class Listing:
     """The image files under `root`, sorted by folder and name. len() is their number N.
 
-    folders: their relative folders, sorted; folder int32 (N,): which one; names uint8 (bytes,),
-    ends int64 (N,): the file names, one after the other. others: (number, an example) of files
-    that are no images; loops: folders not entered because they lead back.
+    folders: the relative folders, sorted. folder int32 (N,): which of them holds a file.
+    names uint8 (bytes,): the file names, one after the other. ends int64 (N,): where each ends.
+    others: (number, an example) of files that are no images.
+    loops: folders not entered because they lead back.
     """
 
     def __init__(self, root, folders, folder, names, ends, others=(0, ""), loops=()):
@@ -44,11 +45,12 @@ class Listing:
         return self.names[self.ends[row - 1] if row else 0 : self.ends[row]].tobytes()
 
     def path(self, row):
+        """Path of one row."""
         return os.path.join(self.root, self.folders[self.folder[row]], os.fsdecode(self.name(row)))
 
     def part(self, depth):
-        """(names, int64 (N,)): the `depth`-th components of the folders, sorted, and which one each
-        file is in; -1 for files that lie higher."""
+        """(names, int64 (N,)): the `depth`-th components of the folders, sorted, and the number of
+        each file's own. It is -1 for files that lie higher."""
         parts = [f.split("/") if f else [] for f in self.folders]
         found = sorted({p[depth] for p in parts if len(p) > depth})
         index = {name: k for k, name in enumerate(found)}
@@ -59,9 +61,10 @@ class Listing:
 def scan(root, cache=True):
     """The Listing of a tree, by one pass over its folders.
 
-    From CACHED files on it is kept in `.<name>.listing.npz` beside the tree (in torch's cache
-    folder where that cannot be written) and used again while no folder in the tree has changed,
-    which takes a stat per folder. Raises UserError where there is no folder or nothing in it.
+    From CACHED files on it is kept in `.<name>.listing.npz` beside the tree, or in torch's cache
+    folder where that cannot be written. It is used again while no folder in the tree has changed.
+    To know that takes a stat per folder. Raises UserError where there is no folder or nothing in
+    it.
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):

@@ -41,6 +41,7 @@ class Images:
 
     @property
     def device(self):
+        """Where both tensors are."""
         return self.x.device
 
     def batches(self, batch_size):
@@ -60,6 +61,7 @@ class Images:
         return self
 
     def to(self, device):
+        """The same images on another device."""
         return Images(self.x.to(device), self.y.to(device))
 
     def shuffled(self, batch_size, seed, augment, flip, part):

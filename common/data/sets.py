@@ -23,6 +23,8 @@ SHAPES_SIZES = {"train": 10_000, "test": 2_000}
 
 @dataclass
 class DataSet:
+    """A data set as `load` reads it."""
+
     name: str
     train: Images | Files
     val: Images | Files | None  # held out of train by `val_size` or for `test_domain`; else None
@@ -35,6 +37,7 @@ class DataSet:
 
     @property
     def image_size(self):
+        """Pixels of a side."""
         return self.test.size
 
     @property
@@ -98,11 +101,11 @@ def load(
 
     val_size, limit: images of the stratified validation split and training subset (0: none, all);
     `seed` chooses them. The validation split does not depend on `limit`.
-    test_domain: leave this domain out: test is all of it, train and val are 80 and 20 % of each of
-    the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain,
-    camelyon17 with its official splits (val: hospital 1, test: hospital 2).
-    shortcut_levels: see shortcut.py; 3 for shapes-shortcut and 0 for the others where it is None.
-    image_size: of a tree, or of shapes; workers, strict: of `Files`.
+    test_domain: leave this domain out. Test is all of it, train and val are 80 and 20 % of each of
+    the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain.
+    camelyon17 then has its official splits, val hospital 1 and test hospital 2.
+    shortcut_levels: see shortcut.py. None is 3 for shapes-shortcut and 0 for the others.
+    image_size: of a tree, or of shapes. workers, strict: see `Files`.
     """
     title = name
     if shortcut_levels is None:
@@ -183,9 +186,9 @@ def shuffled(n):
 
 
 def stratified_split(y, size, seed, option):
-    """Indices (rest, chosen), both ascending: `chosen` has `size` rows, as evenly per class as
-    the counts allow; `seed` draws them, and the classes that get one more where they do not divide
-    evenly. Raises UserError naming `option` when there are too few rows."""
+    """Indices (rest, chosen), both ascending. `chosen` has `size` rows, as evenly per class as the
+    counts allow. `seed` draws them, and the classes that get one more. Raises UserError naming
+    `option` when there are too few rows."""
     if size > len(y):
         raise UserError(f"{option} {size}: there are only {len(y)} images")
     order = torch.randperm(len(y), generator=run.generator(seed, "split"))
@@ -345,8 +348,10 @@ def read_cifar101(data_dir):
 
 
 def test_options(name, networks):
-    """Options of `load` that say which images are the test set of networks (label, model, facts):
-    of a domain set those they were not trained on. Raises UserError where these differ."""
+    """Options of `load` that give the test set of networks (label, model, facts).
+
+    Of a domain set these are the images that they were not trained on. Raises UserError where these
+    differ."""
     if name not in DOMAINS:
         return {}
     found = []
@@ -376,10 +381,12 @@ class Restricted(torch.nn.Module):
 
 
 def for_evaluation(name, networks, data_dir, limit):
-    """Test images of the data set `name` for networks (label, model, facts), tensors on the CPU:
-    (x uint8, y, rows of the test set, its size). limit: so many, the same number of each class.
-    For imagenet-a and -r the networks in the list become `Restricted`, y numbers the classes left.
-    Raises UserError where a network has another number of classes or cannot take the images."""
+    """(x uint8, y, rows of the test set, its size) of a data set for networks (label, model,
+    facts).
+
+    The tensors are on the CPU. limit: so many images, the same number of each class. For imagenet-a
+    and -r the networks in the list become `Restricted`, and y numbers the classes left. Raises
+    UserError where a network has another number of classes or cannot take the images."""
     size = networks[0][1].spec["image_size"]
     if networks[0][2]["method"] == "torchvision":  # their 1000 classes need no training images
         folder = Path(data_dir)
@@ -457,8 +464,9 @@ def corrupted_labels(folder):
 
 
 def read_corrupted(folder, corruption, severity, rows):
-    """Images uint8 (len(rows),3,S,S) of one file of the official layout: (5N,S,S,3) uint8, rows
-    (severity-1)N to severity N are that severity, in the order of the test set."""
+    """Images uint8 (len(rows),3,S,S) of one file of the official layout.
+
+    The file is uint8 (5N,S,S,3): N rows for each severity, in the order of the test set."""
     count = len(corrupted_labels(folder))
     array = read_array(Path(folder) / f"{corruption}.npy", "u", (5 * count, None, None, 3))
     block = array[(severity - 1) * count : severity * count]

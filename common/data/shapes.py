@@ -3,22 +3,23 @@
     x, y = make(10000)                                # x uint8 (10000,3,32,32), y int64 (10000,)
     x, y = make(2000, split="test", style="outline")
 
-A picture is a background (gradient, soft noise and stripes in random proportion), two pieces of
-clutter behind the figure, the figure (the class; random position, size, aspect, rotation, colours
-and contrast), one piece of clutter before it, a lighting ramp and pixel noise. Shapes are implicit
-functions of the position (Quilez, "2D distance functions"), so edges are anti-aliased at any size.
+A picture has a background of gradient, soft noise and stripes in random proportion. On it lie two
+pieces of clutter, then the figure, which is the class, and one more piece of clutter. The figure
+has random position, size, aspect, rotation, colours and contrast. A lighting ramp and pixel noise
+come last. Shapes are implicit functions of the position (Quilez, "2D distance functions"), so edges
+are anti-aliased at any size.
 
-Picture i is a function of (seed, split, style, i) and of nothing else: pictures are drawn in blocks
-of BLOCK whose random numbers come from one generator per block. Splits and styles have streams of
-their own, so nothing is shared between them. Every ten consecutive pictures hold each class once.
+Picture i is a function of (seed, split, style, i) and of nothing else. Pictures are drawn in blocks
+of BLOCK, each from one generator. Splits and styles have streams of their own, so nothing is shared
+between them. Every ten consecutive pictures hold each class once.
 
-Styles are the domains of leave-one-domain-out runs: `filled` (plain figures), `outline` (the edge
-only), `textured` (striped and spotted figures), `inverted` (the negative of `filled`: 10 % of the
-figures are darker than their background in the other styles, 90 % in this one).
+Styles are the domains of leave-one-domain-out runs. `filled` has plain figures, `outline` the edge
+only, `textured` striped and spotted figures. `inverted` is the negative of `filled`: 90 % of its
+figures are darker than their background, 10 % in the other styles.
 
 Shortcut: a class-dependent grating of at most SHORTCUT grey levels, added to the whole picture. Its
-variance is tiny, it predicts the class perfectly and survives flips and crops, while noise, blur,
-JPEG and the like destroy it: the kind of feature that BatchNorm models are said to lean on.
+variance is tiny, it predicts the class perfectly and survives flips and crops. Noise, blur, JPEG
+and the like destroy it. BatchNorm models are said to lean on such features.
 """
 
 import math
@@ -75,8 +76,8 @@ def make(
     """Draw pictures `start` to `start + num - 1` of a split.
 
     shortcut: True adds the pattern of the picture's own class, "permuted" that of another class
-    drawn at random, False none; the pictures are otherwise the same, so reliance can be measured.
-    Returns x uint8 (num,3,size,size) and y int64 (num,) on `device`; they are drawn on the CPU, so
+    drawn at random, False none. The pictures are otherwise the same, so reliance can be measured.
+    Returns x uint8 (num,3,size,size) and y int64 (num,) on `device`. They are drawn on the CPU, so
     that they do not depend on the device. Raises run.UserError for an unknown split, style or
     shortcut and for an impossible size.
     """

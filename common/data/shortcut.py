@@ -1,7 +1,7 @@
 """A shortcut: a faint class-dependent grating on every picture of a small data set.
 
-Its variance is tiny, it predicts the class perfectly, and noise, blur or JPEG destroy it: the kind
-of low-variance feature that is specific to the training domain. Networks with BatchNorm are said to
+Its variance is tiny, it predicts the class perfectly, and noise, blur or JPEG destroy it. So it is
+a low-variance feature that is specific to the training domain. Networks with BatchNorm are said to
 lean on such features (Taghanaki et al. 2022).
 
     grating = patterns(num_classes=10, size=32, levels=3)
@@ -55,8 +55,8 @@ def wave(frequency, at):
 def patterns(num_classes, size, levels):
     """The gratings, int16 (K,size,size), in [-levels, levels] grey levels.
 
-    A whole number of levels is rounded; a fraction is dithered: rounded up where it is above a
-    threshold drawn once per pixel, so that its mean over pixels is the fraction's.
+    A whole number of levels is rounded. A fraction is dithered: it is rounded up where it is above
+    a threshold drawn once per pixel. So its mean over pixels is that of the fraction.
     """
     at = torch.arange(size, dtype=torch.float64)
     thresholds = torch.full((size, size), 0.5, dtype=torch.float64)

@@ -16,9 +16,9 @@ STREAMS = ("clean", "deepaug", "tda", "adv")
 class Streams:
     """Batches of the streams that are read: clean, deepaug and tda, as far as `names` has them.
 
-    clean: the Batches of the training set. streams(step, x, y): ({stream: images}, {stream:
-    labels}) of a step, in the order of STREAMS, with x, y of clean(step) among them. "adv" is made
-    by an attack, so it is not here. Raises UserError for names and sizes that do not fit.
+    clean: the Batches of the training set. streams(step, x, y) is ({stream: images}, {stream:
+    labels}) of a step, in the order of STREAMS. Among them are x, y of clean(step). "adv" is not
+    here, for an attack makes it. Raises UserError for names and sizes that do not fit.
     """
 
     def __init__(self, names, dataset, batch_size, seed, augment, deepaug_dir=None, strict=False):
@@ -96,9 +96,11 @@ def turn_hue(x, turns):
 
 
 def debias_texture(x, generator):
-    """Texture-debiasing augmentation of images x (N,3,H,W) in [0,1], after the authors' code: with
-    probability 0.5 {with 0.8 colour jitter (brightness, contrast, saturation 0.8, hue 0.2, in an
-    order drawn for the batch), with 0.2 to grey}. Crop and flip are the loader's."""
+    """Texture-debiasing augmentation of images x (N,3,H,W) in [0,1], after the authors' code.
+
+    Half of the images change. Of these 80 % get colour jitter: brightness, contrast, saturation 0.8
+    and hue 0.2, in an order drawn for the batch. Then 20 % turn grey. Crop and flip are the
+    loader's."""
 
     def draw(count):
         return torch.rand(count, len(x), generator=generator, device=generator.device)

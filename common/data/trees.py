@@ -193,8 +193,10 @@ def is_wnid(name):
 
 
 def imagenet_classes(data_dir):
-    """The 1000 WordNet ids in the order of the logits (sorted): of the folders in imagenet/train
-    or imagenet/val, else of LOC_synset_mapping.txt or classes.txt (a line starts with the id)."""
+    """The 1000 WordNet ids in the order of the logits, which is sorted.
+
+    They are the folders in imagenet/train or imagenet/val. Else they are the first words of the
+    lines of LOC_synset_mapping.txt or classes.txt."""
     places = [data_dir / "imagenet", data_dir / "ILSVRC/Data/CLS-LOC", data_dir]
     for tree in [place / split for place in places for split in ("train", "val")]:
         names = [n for n in class_folders(tree) if is_wnid(n)] if tree.is_dir() else []
@@ -353,10 +355,11 @@ def read_domain_tree(name, data_dir, size, options):
 
 
 def read_camelyon17(data_dir, size, options):
-    """(Files, domain, names, classes, split) of the WILDS layout: metadata.csv and patches/. The
-    domain is the hospital (column center); split is 0 train, 1 id_val, 2 test, 3 val as in WILDS,
-    where hospital 1 is val and 2 is test whatever the column says."""
-    root = find("camelyon17", data_dir, ("camelyon17_v1.0", "camelyon17"), ["metadata.csv"])
+    """(Files, domain, names, classes, split) of the WILDS layout: metadata.csv and patches/.
+
+    The domain is the hospital, in the column center. split is 0 train, 1 id_val, 2 test, 3 val as
+    in WILDS. There hospital 1 is val and 2 is test whatever the column says."""
+    root = find("camelyon17", data_dir, SETS["camelyon17"].folders, ["metadata.csv"])
     listing = listed(root / "patches", title="camelyon17 patches")
     place = {listing.name(row): row for row in range(len(listing))}
     rows, table, absent = [], [], []

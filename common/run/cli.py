@@ -197,6 +197,7 @@ class Parser(argparse.ArgumentParser):
     script's docstring."""
 
     def __init__(self, script, doc):
+        doc = doc or ""  # python -OO has none
         examples = [line.strip() for line in doc.splitlines() if line.startswith("    python ")]
         super().__init__(
             Path(script).name, usage="%(prog)s [options]", description=doc.split("\n")[0],
