@@ -3,6 +3,7 @@
     python eval/speed.py corruptions                # milliseconds per image, beside the originals'
     python eval/speed.py corruptions --device cuda --sizes 32,224 --json speed.json
     python eval/speed.py attacks --threads 2        # PGD per batch, beside other libraries'
+    python eval/speed.py train --arch wrn16-1       # steps of the trainers, beside a plain loop
     python eval/speed.py data --tree data/imagenet/train --arch resnet50 --device cuda
 
 Times are process (CPU) times with --threads threads, medians over --repeat runs; on a GPU wall
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import attacks, corruptions, data, models, run
 from common.data import files, folders, shapes
+from eval import speed_train
 
 # Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
 # an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
@@ -98,12 +100,41 @@ def parse_args(argv=None):
     counts = run.listed(run.nonnegative(int))
     part.add_argument("--workers", type=counts, default=[files.default_workers()])
     part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add_train(commands)
     for command in commands.choices.values():
         command.add_argument("--device", default="cpu")
         command.add_argument("--threads", type=run.positive(int), default=1)
         command.add_argument("--repeat", type=run.positive(int), default=3)
         command.add_argument("--json", help="write the figures to this file, too")
     return parser.parse_args(argv)
+
+
+def add_train(commands):
+    part = commands.add_parser(
+        "train", help="images per second of every trainer's step, beside a plain loop and a floor",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    part.set_defaults(function=speed_train.time_train)
+    every = list(speed_train.TRAINERS)
+    add = part.add_argument
+    add("--trainers", type=trainers, default=every, metavar="A,B", help="rows of the table")
+    add("--arch", default="wrn16-1", help="network of all trainers")
+    add("--batch-size", type=run.positive(int), default=128, help="images of a step")
+    add("--group", type=run.positive(int), default=3, help="steps that are timed together")
+    add("--groups", type=run.positive(int), default=6, help="groups, of which the fastest counts")
+    add("--threads-list", type=run.listed(run.positive(int)), default=[1, 2], help="of a CPU")
+    add("--compiled", action=run.Flag, default=True, help="with --compile, too")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of steps")
+    add("--matmul", type=run.positive(int), help="side of the product that is timed")
+
+
+def trainers(text):
+    chosen = text.split(",")
+    for name in chosen:
+        if name not in speed_train.TRAINERS:
+            known = ", ".join(map(repr, speed_train.TRAINERS))
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {known}")
+    return chosen
 
 
 def sizes(text):
