@@ -75,9 +75,8 @@ def parse_args(argv=None):
     add("--loss", default="mixture", choices=["mixture", "trades"], help="the objective")
     add("--beta", type=nonnegative(float), default=6.0, help="weight of the divergence in trades")
     add("--label-smoothing", type=run.fraction, help="share (default: 0.1, for trades 0)")
-    add(
-        "--streams", type=run.listed(str), default=["clean", "adv"], help="of clean,deepaug,tda,adv"
-    )
+    streams = ["clean", "adv"]
+    add("--streams", type=run.listed(str), default=streams, help="of clean,deepaug,tda,adv")
     add("--deepaug-dir", metavar="DIR", help="class folders of DeepAugment images, for deepaug")
     add = parser.add_argument_group("attack").add_argument
     add("--eps", type=positive(float), help="radius, of 255")
@@ -103,8 +102,7 @@ def parse_args(argv=None):
     if args.label_smoothing is None:
         args.label_smoothing = 0.0 if args.loss == "trades" else 0.1
     check_options(args)
-    warning = attacks.check_eps(args.eps, args.attack_norm)
-    if warning and is_attacked(args):
+    if is_attacked(args) and (warning := attacks.check_eps(args.eps, args.attack_norm)):
         print(f"warning: {warning}")
     return args
 
@@ -131,16 +129,14 @@ def check_options(args):
             dual and not is_attacked(args),
         "--loss trades: compares two outputs of one network, so no dual-bn": dual and trades,
     }  # fmt: skip
-    for message, is_so in wrong.items():
-        if is_so:
-            raise run.UserError(message)
+    run.refuse(wrong)
 
 
 # --- method -------------------------------------------------------------------------------------
 
 
 def perturb(model, x, y, args, precision, step, graphs=None):
-    """(x_adv, {zero_grad, loss}): PGD on images x (N,3,H,W) whose start is a function of the step.
+    """(x_adv, {"zero_grad": share}): PGD on x (N,3,H,W) from a start that the step decides.
 
     graphs: an attacks.Graphs, for --capture. TRADES (Zhang et al. 2019) instead climbs
     KL(f(x) || f(x_adv)) from x + 0.001 N(0,1).
@@ -157,11 +153,11 @@ def perturb(model, x, y, args, precision, step, graphs=None):
     else:
         noise = attacks.unit_noise(shape, args.attack_norm, rng)
     noise = noise[run.rows(len(noise))]
-    return attacks.pgd(
+    x_adv, stats = attacks.pgd(
         model, x, y, args.eps, args.alpha, args.attack_steps, args.attack_norm, loss, noise=noise,
-        precision=precision, mode=args.attack_mode, capture=graphs, check=False,
-        return_stats=True,
+        precision=precision, mode=args.attack_mode, capture=graphs, check=False, return_stats=True,
     )  # fmt: skip
+    return x_adv, {"zero_grad": stats["zero_grad"]}
 
 
 def forward(model, images, norm, args, precision):
@@ -223,20 +219,29 @@ class Task(NamedTuple):
 
 
 def make_task(dataset, args):
-    streams = data.Streams(
-        args.streams, dataset, args.batch_size, args.seed, args.augment, args.deepaug_dir,
-        args.strict,
-    )  # fmt: skip
+    options = (args.batch_size, args.seed, args.augment, args.deepaug_dir, args.strict)
+    streams = data.Streams(args.streams, dataset, *options)
     held_out = dataset.val or dataset.test
     probe = held_out.take(slice(0, args.probe_images))
     return Task(streams.clean, streams, held_out, probe, dataset.val is not None)
 
 
-def lr_at(step, total, peak, warmup):
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
+def lr_at(step, total, peak, warmup, hold=1):
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`, which moves every
+    `hold` steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    step = max(step // hold * hold, warmup)
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def curves(logits, terms, y):
+    """{tag: 0-d tensor} of logits and losses {stream: ...} and the clean images' labels (N,)."""
+    shown = {f"loss_{name}": value for name, value in terms.items()}
+    shown["accuracy"] = run.accuracy(logits["clean"], y)
+    if "adv" in logits:
+        shown["robust_accuracy"] = run.accuracy(logits["adv"], y)
+    return shown
 
 
 def train(stage, model, args, task, rundir, precision):
@@ -249,6 +254,7 @@ def train(stage, model, args, task, rundir, precision):
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
     warmup = round(args.warmup * per_epoch)
+    hold = per_epoch if args.schedule == "epoch" else 1
     graphs = attacks.Graphs() if args.capture else None
     radius = (args.eps, args.attack_norm, precision)
     chance = 100 - 100 / model.spec["num_classes"]
@@ -258,23 +264,16 @@ def train(stage, model, args, task, rundir, precision):
         images, labels = task.streams(step, x, y)
         shown = {}
         if is_attacked(args):
-            images["adv"], stats = perturb(model, x, y, args, precision, step, graphs)
+            images["adv"], shown = perturb(model, x, y, args, precision, step, graphs)
             labels["adv"] = y
-            shown["zero_grad"] = stats["zero_grad"]
         logits = forward(loop.net, images, stage, args, precision)
         loss, terms = objective(logits, labels, args)
 
         loop.backward(loss)
         if args.agc:
             run.clip_adaptively(model, args.agc)
-        at = step
-        if args.schedule == "epoch" and step >= warmup:
-            at = max(step // per_epoch * per_epoch, warmup)
-        loop.step(lr_at(at, loop.total, peak, warmup), args.clip)
-        shown |= {f"loss_{k}": v for k, v in terms.items()}
-        if "adv" in logits:
-            shown["robust_accuracy"] = run.accuracy(logits["adv"], y)
-        loop.log(loss=loss, accuracy=run.accuracy(logits["clean"], y), **shown)
+        loop.step(lr_at(step, loop.total, peak, warmup, hold), args.clip)
+        loop.log(loss=loss, **shown, **curves(logits, terms, y))
 
         if loop.evaluates:
             error = run.evaluate(model, task.held_out, precision)["error"]
@@ -310,14 +309,13 @@ def report(networks, dataset, args, rundir, precision):
     """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
     few = dataset.test.take(slice(0, args.robust_images))
     judges = [name for name in JUDGES if len(dataset.classes) >= attacks.CLASSES.get(name, 2)]
-    rows = {}
+    radius, rows = (args.eps, args.attack_norm, precision), {}
     for norm, model in networks.items():
         # The two sets of statistics of a "dual-bn" network are two networks to an attacker.
         for kind in ("adversarial", "clean") if norm == "dual-bn" else ("adversarial",):
             models.use_statistics(model, kind)
             row = {"error": run.evaluate(model, dataset.test, precision)["error"]}
             if args.robust_images:
-                radius = (args.eps, args.attack_norm, precision)
                 row |= attacks.robust_errors(model, few, judges, *radius)
             rows[norm if kind == "adversarial" else f"{norm}, clean statistics"] = row
         models.use_statistics(model, "adversarial")
@@ -327,26 +325,24 @@ def report(networks, dataset, args, rundir, precision):
     final = {f"{metric}/{name}": v for name, row in rows.items() for metric, v in row.items()}
     rundir.close(final)
 
-    run.warn_of_chance({k: 100 - row["error"] for k, row in rows.items()}, len(dataset.classes))
-    table = [[f"{args.arch}, {k}", *(100 - v for v in row.values())] for k, row in rows.items()]
-    shown = [JUDGES[name] for name in judges] if args.robust_images else []
-    print(f"\n{run.table(table, ['accuracy %, higher is better', 'clean', *shown])}")
-    print(f"{args.dataset} test, {len(dataset.test)} images, last epoch, seed {args.seed}")
+    errors = {metric: {name: row[metric] for name, row in rows.items()} for metric in row}
+    columns = run.accuracy_columns(errors, {"error": "clean", **JUDGES})
+    run.warn_of_chance(columns["clean"], len(dataset.classes))
+    run.print_table(columns)
+    print(f"{args.dataset} test, {len(dataset.test)} images, {args.arch}, seed {args.seed}")
     if args.robust_images:
-        print(
-            f"attacks: {args.attack_norm}, eps {args.eps:g}/255, {len(few)} images, 1 start, each"
-        )
-        print("  on what those before left; the last two are the first two of AutoAttack")
-    print("\nPaper: without BatchNorm, adversarial training keeps more clean and robust accuracy.")
-    clean = {name: 100 - row["error"] for name, row in rows.items()}
-    robust = {name: 100 - list(row.values())[-1] for name, row in rows.items()}
-    counts = {"clean": len(dataset.test), "robust": len(few)}
-    print(f"Here: {run.compare({'clean': clean, 'robust': robust}, counts)}")
+        print(f"attacks: {args.attack_norm}, eps {args.eps:g}/255, {len(few)} images, 1 start,")
+        print("  each on what those before left; the last two are AutoAttack's first two")
+    pair = {"clean": columns["clean"], "robust": columns[list(columns)[-1]]}
+    here = run.compare(pair, {"clean": len(dataset.test), "robust": len(few)})
     file = rundir.dir / rundir.file(args.norms[0])
-    print("\nNext:\n  tensorboard --logdir runs      # the curves, and pictures of attacks")
-    again = run.command("eval/adversarial.py", file, "--attacks", "standard")
-    print(f"  {again}   # all of AutoAttack")
-    print("  python nofrost.py --dataset cifar10 --norms nf,bn --arch wrn10-1   # real images")
+    following = {
+        "tensorboard --logdir runs": "the curves, and pictures of attacks",
+        run.command("eval/adversarial.py", file, "--attacks", "standard"): "all of AutoAttack",
+        "python nofrost.py --dataset cifar10 --norms nf,bn --arch wrn10-1": "real images",
+    }
+    paper = "without BatchNorm, adversarial training keeps more clean and robust accuracy."
+    run.print_findings(paper, here, following)
     return final
 
 

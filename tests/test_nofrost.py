@@ -163,20 +163,28 @@ def test_log_has_what_was_measured(tmp_path):
     assert ["pgd_error" in row for row in rows] == [False, True]
 
 
-def test_warm_up_is_by_steps_under_both_schedules(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("warmup", "wanted"),
+    [
+        ("1", [0, 1, 2, 3, 3, 3, 6, 6, 6]),
+        ("0.67", [0, 1, 2, 3, 3, 3, 6, 6, 6]),
+        ("0.4", [0, 1, 1, 3, 3, 3, 6, 6, 6]),
+    ],
+)
+def test_warm_up_is_by_steps_under_both_schedules(tmp_path, monkeypatch, warmup, wanted):
+    """By epochs the rate is that of the step at which the epoch began, after the warm-up."""
     seen = []
     real = nofrost.lr_at
-    monkeypatch.setattr(nofrost, "lr_at", lambda step, *a: seen.append(step) or real(step, *a))
-    common = ("--lam", "0", "--epochs", "3", "--warmup", "1", "--robust-images", "0")
-    train(tmp_path / "r", *common, "--schedule", "epoch")
-    assert seen == [0, 1, 2, 3, 3, 3, 6, 6, 6]
-    seen.clear()
-    common = (*common[:5], "0.67", *common[6:], "--schedule", "epoch")
-    train(tmp_path / "half", *common)
-    assert seen == [0, 1, 2, 3, 3, 3, 6, 6, 6]
-    seen.clear()
-    train(tmp_path / "third", *common[:5], "0.4", *common[6:])
-    assert seen == [0, 1, 1, 3, 3, 3, 6, 6, 6]
+
+    def spy(step, total, peak, warmup, hold):
+        seen.append(real(step, total, peak, warmup, hold))
+        spy.by_steps = [real(s, total, peak, warmup) for s in wanted]
+        return seen[-1]
+
+    monkeypatch.setattr(nofrost, "lr_at", spy)
+    common = ("--lam", "0", "--epochs", "3", "--robust-images", "0")
+    train(tmp_path / "r", *common, "--warmup", warmup, "--schedule", "epoch")
+    assert seen == spy.by_steps
 
 
 def test_imagenet_with_batchnorm_is_the_authors():
