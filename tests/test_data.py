@@ -228,3 +228,11 @@ def test_crop_flip_is_pad_crop_mirror():
 def test_batch_too_large():
     with pytest.raises(UserError, match="only 40 images"):
         data.Batches(images(), 41, seed=0)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "{", '{"seed": 1}'])
+def test_a_manifest_that_is_none(tmp_path, text):
+    assert data.read_manifest(tmp_path) is None
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest.json: .*export again"):
+        data.read_manifest(tmp_path)

@@ -391,7 +391,7 @@ def test_odd_input(case, whole, scripts, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     for variable in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(data.sets, "download", no_download)
+    monkeypatch.setattr(data.arrays, "download", no_download)
     kind = odd_environment if case % 25 == 24 else rng.choice(KINDS)
     more = (scripts,) if kind is odd_options else ()
     script, options, environment = kind(folder, rng, *more)

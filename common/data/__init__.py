@@ -10,6 +10,7 @@ that, with dataset.mean and dataset.std.
 """
 
 from common.data import decode, files, folders, shapes, shortcut, trees
+from common.data.arrays import corrupted_dir, corrupted_labels, read_corrupted, read_manifest
 from common.data.batches import Batches
 from common.data.files import Files
 from common.data.images import Images, crop_flip
@@ -19,19 +20,14 @@ from common.data.sets import (
     DataSet,
     add_arguments,
     channel_stats,
-    corrupted_dir,
-    corrupted_labels,
     domain_names,
     for_evaluation,
     from_args,
     load,
-    read_corrupted,
-    read_manifest,
-    shuffled,
-    stratified_split,
     test_options,
 )
 from common.data.shortcut import SHORTCUT_TESTS
+from common.data.splits import shuffled, stratified_split
 from common.data.streams import STREAMS, Streams, check_streams, debias_texture
 from common.data.table import (
     DOMAINS,

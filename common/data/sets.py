@@ -1,19 +1,16 @@
-"""Data sets by name: reading, checking, splitting."""
+"""Data sets by name: their options, reading and splitting."""
 
-import json
-import shutil
-import tempfile
-import urllib.error
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import run
 from common.data import shapes, shortcut, trees
+from common.data.arrays import read_cifar, read_cifar101, read_svhn
 from common.data.files import Files
 from common.data.images import Images
+from common.data.splits import shuffled, stratified_split
 from common.data.table import DOMAINS, NAMES, SETS
 from common.run import UserError
 
@@ -180,112 +177,6 @@ def channel_stats(x):
     return tuple(x.mean(1).tolist()), tuple(x.std(1).tolist())
 
 
-def shuffled(n):
-    """A fixed order of n held-out rows, so that the first few of them are a sample of all."""
-    return torch.randperm(n, generator=run.generator(0, "test order"))
-
-
-def stratified_split(y, size, seed, option):
-    """Indices (rest, chosen), both ascending. `chosen` has `size` rows, as evenly per class as the
-    counts allow. `seed` draws them, and the classes that get one more. Raises UserError naming
-    `option` when there are too few rows."""
-    if size > len(y):
-        raise UserError(f"{option} {size}: there are only {len(y)} images")
-    order = torch.randperm(len(y), generator=run.generator(seed, "split"))
-    # Rank of every row within its class, in random order; the lowest ranks are chosen.
-    by_class = order[y[order].argsort(stable=True)]
-    counts = torch.bincount(y)
-    turn = torch.randperm(len(counts), generator=run.generator(seed, "split classes"))
-    label = y[by_class]
-    rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[label]
-    chosen = by_class[(rank * len(counts) + turn[label]).argsort()[:size]].sort().values
-    rest = torch.ones(len(y), dtype=torch.bool)
-    rest[chosen] = False
-    return rest.nonzero().flatten(), chosen
-
-
-def read_cifar(name, data_dir):
-    """(train, test, classes) from torchvision's files, else <name>.npz, else by download."""
-    from torchvision import datasets
-
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    folder, npz = data_dir / cls.base_folder, data_dir / f"{name}.npz"
-    if not folder.is_dir():
-        if npz.is_file():
-            return read_npz(npz)
-        download(cls, name, data_dir)
-    try:
-        parts = [cls(str(data_dir), train=train) for train in (True, False)]
-    except RuntimeError:  # torchvision's word for a missing file or another MD5
-        raise UserError(
-            f"{folder}: a file is missing, truncated or altered (MD5); delete the folder and run "
-            "again to download it, or put an intact copy there"
-        ) from None
-    images = [Images(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
-                     torch.tensor(p.targets)) for p in parts]  # fmt: skip
-    return *images, parts[0].classes
-
-
-def read_svhn(path):
-    """(train, test, classes) of the 32x32 digits, 73,257 + 26,032 ("extra" is not used)."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: missing; SVHN is read from an .npz (x_train, x_test uint8 (N,32,32,3), "
-            "y_train, y_test 0 to 9), for reading its .mat files takes scipy: convert them once"
-        )
-    return read_npz(path)
-
-
-def read_npz(path):
-    """Arrays x_train, x_test uint8 (N,S,S,3), y_train, y_test integer (N,), optional classes."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile, zlib, ValueError: all mean the same to the user
-        raise UserError(f"{path}: truncated or not an .npz of plain arrays ({error})") from None
-    parts = []
-    for split in ("train", "test"):
-        try:
-            x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        except KeyError as error:
-            raise UserError(f"{path}: has no array {error}, only {', '.join(arrays)}") from None
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or x.shape[1] != x.shape[2]:
-            raise UserError(f"{path}: x_{split} must be uint8 (N,S,S,3), is {x.dtype} {x.shape}")
-        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or len(y) == 0:
-            raise UserError(
-                f"{path}: y_{split} must be integers ({len(x)},), is {y.dtype} {y.shape}"
-            )
-        x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-        parts.append(Images(x, torch.from_numpy(y.astype(np.int64))))
-    sizes = [p.x.shape[-1] for p in parts]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{path}: x_train has {sizes[0]} pixels a side and x_test {sizes[1]}")
-    if (parts[1].y.diff() >= 0).all():  # by class
-        parts[1] = parts[1].take(shuffled(len(parts[1].y)))
-    count = int(max(p.y.max() for p in parts)) + 1
-    first = int(min(p.y.min() for p in parts))
-    if first < 0:
-        raise UserError(f"{path}: negative labels")
-    if first > 0:
-        raise UserError(
-            f"{path}: the labels are {first} to {count - 1}; number the classes from 0 (in SVHN's "
-            ".mat files the digit 0 is 10: take y % 10)"
-        )
-    seen = len(torch.cat([p.y for p in parts]).unique())
-    if "classes" not in arrays and count > 2 * seen:  # a sentinel, as 255, or not numbered from 0
-        raise UserError(
-            f"{path}: labels up to {count - 1} but only {seen} classes have images; number the "
-            "classes without gaps, or add an array `classes` of all names"
-        )
-    classes = arrays.get("classes", np.arange(count))
-    if classes.ndim != 1:
-        raise UserError(f"{path}: classes must be names (K,), is {classes.dtype} {classes.shape}")
-    classes = [str(name) for name in classes]
-    if len(classes) < count:
-        raise UserError(f"{path}: {len(classes)} class names for labels up to {count - 1}")
-    return *parts, classes
-
-
 def domain_names(name, data_dir="data"):
     """The domains of a set that are there, for `test_domain`."""
     if name not in DOMAINS:
@@ -333,18 +224,6 @@ def read_domains(name, data_dir, seed, test_domain, size, options):
         )
     val, test = (p if p is None else images.subset(p[shuffled(len(p))]) for p in parts[1:])
     return images.subset(parts[0]), val, test, classes
-
-
-def read_cifar101(data_dir):
-    """Test set of Recht et al. 2018, classes as in CIFAR-10: version 6 (2,000), else 4 (2,021)."""
-    for version, count in reversed(SETS["cifar10.1"].counts.items()):
-        path = data_dir / f"cifar10.1_{version}_data.npy"
-        if path.is_file():
-            x = read_array(path, "u", (count, 32, 32, 3))
-            y = read_array(path.with_name(f"cifar10.1_{version}_labels.npy"), "iu", (count,))
-            x = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
-            return Images(x, torch.from_numpy(y.astype(np.int64)))
-    raise trees.missing("cifar10.1", data_dir / "cifar10.1_v6_data.npy")
 
 
 def test_options(name, networks):
@@ -421,74 +300,3 @@ def for_evaluation(name, networks, data_dir, limit):
             device = next(model.parameters()).device
             networks[k] = label, Restricted(model, only.to(device)).eval(), facts
     return x, y, rows, len(test.y)
-
-
-def corrupted_dir(name, data_dir="data"):
-    """The folder of the released CIFAR-10-C or CIFAR-100-C arrays, or None where there is none."""
-    folder = Path(data_dir) / {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(name, "-")
-    return folder if (folder / "labels.npy").is_file() else None
-
-
-def read_manifest(folder):
-    """manifest.json of a corrupted set that eval/export.py wrote, or None where there is none."""
-    path = Path(folder) / "manifest.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; delete the folder and export again") from None
-
-
-def read_array(path, dtype, shape):
-    """A memory-mapped .npy file of this dtype kind and shape; None in `shape` is any size."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; complete the folder, or use --generate") from None
-    except Exception as error:  # EOFError, ValueError: what mmap and header parsing raise
-        raise UserError(f"{path}: truncated or not a .npy array ({error})") from None
-    fits = len(array.shape) == len(shape) and all(
-        want in (None, have) for have, want in zip(array.shape, shape, strict=True)
-    )
-    if array.dtype.kind not in dtype or not fits:
-        raise UserError(f"{path}: is {array.dtype} {array.shape}, expected {shape}")
-    return array
-
-
-def corrupted_labels(folder):
-    """Labels int64 (N,) of the N test images; labels.npy repeats them for the five severities."""
-    y = read_array(Path(folder) / "labels.npy", "iu", (None,))
-    blocks = y.reshape(5, -1) if len(y) % 5 == 0 and len(y) else None
-    if blocks is None or not (blocks == blocks[0]).all():
-        raise UserError(f"{folder}/labels.npy: not five equal blocks of labels")
-    return torch.from_numpy(blocks[0].astype(np.int64))
-
-
-def read_corrupted(folder, corruption, severity, rows):
-    """Images uint8 (len(rows),3,S,S) of one file of the official layout.
-
-    The file is uint8 (5N,S,S,3): N rows for each severity, in the order of the test set."""
-    count = len(corrupted_labels(folder))
-    array = read_array(Path(folder) / f"{corruption}.npy", "u", (5 * count, None, None, 3))
-    block = array[(severity - 1) * count : severity * count]
-    return torch.from_numpy(block[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
-
-
-def download(cls, name, data_dir):
-    """Let torchvision fetch and check the archive in a temporary folder; the data set's folder
-    appears under `data_dir` only when it is whole."""
-    print(f"{name} is not in {data_dir}: downloading it")
-    temporary = None
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=data_dir))
-        cls(str(temporary), train=True, download=True)
-        (temporary / cls.base_folder).rename(data_dir / cls.base_folder)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(
-            f"{name}: no {data_dir / cls.base_folder} and no {data_dir / (name + '.npz')}, and the "
-            f"download failed ({reason}); put either there, or use --dataset shapes (no files)"
-        ) from None
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
