@@ -9,6 +9,9 @@ import sys
 import pytest
 import reading
 
+import ct
+import fixup_penalty
+import nofrost
 from common import run
 
 SCRIPTS = ("ct.py", "nofrost.py", "fixup_penalty.py", "bn_ablation.py")
@@ -32,10 +35,15 @@ def test_functions_alike_are_the_same():
     for script in SCRIPTS:
         for key, source in functions(script).items():
             found.setdefault(key, {})[script] = source
-    shared = {k: v for k, v in found.items() if len(v) > 1 and k[0] not in OWN}
-    assert {"lr_at"} <= {name for name, _ in shared}
-    for (name, _), sources in shared.items():
-        assert len(set(sources.values())) == 1, f"{name} differs between {', '.join(sources)}"
+    for (name, _), sources in found.items():
+        assert name in OWN or len(set(sources.values())) == 1, f"{name}: {', '.join(sources)}"
+
+
+def test_one_schedule():
+    """The rate is the same function of the step wherever no option changes it."""
+    for step in range(100):
+        rates = {script.lr_at(step, 100, 0.1, 10) for script in (ct, nofrost, fixup_penalty)}
+        assert len(rates) == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
