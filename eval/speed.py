@@ -4,6 +4,7 @@
     python eval/speed.py corruptions --device cuda --sizes 32,224 --json speed.json
     python eval/speed.py attacks --threads 2        # PGD per batch, beside other libraries'
     python eval/speed.py train --arch wrn16-1       # steps of the trainers, beside a plain loop
+    python eval/speed.py gpu                        # the first ten minutes on a GPU, as a page
     python eval/speed.py data --tree data/imagenet/train --arch resnet50 --device cuda
 
 Times are process (CPU) times with --threads threads, medians over --repeat runs; on a GPU wall
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import attacks, corruptions, data, models, run
 from common.data import files, folders, shapes
-from eval import speed_train
+from eval import speed_gpu, speed_train
 
 # Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
 # an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
@@ -101,8 +102,10 @@ def parse_args(argv=None):
     part.add_argument("--workers", type=counts, default=[files.default_workers()])
     part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     add_train(commands)
+    add_gpu(commands)
     for command in commands.choices.values():
-        command.add_argument("--device", default="cpu")
+        usual = "auto" if command is commands.choices["gpu"] else "cpu"
+        command.add_argument("--device", default=usual, help="auto, cpu, cuda, cuda:1 ...")
         command.add_argument("--threads", type=run.positive(int), default=1)
         command.add_argument("--repeat", type=run.positive(int), default=3)
         command.add_argument("--json", help="write the figures to this file, too")
@@ -115,6 +118,11 @@ def add_train(commands):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     part.set_defaults(function=speed_train.time_train)
+    add_steps(part)
+
+
+def add_steps(part):
+    """The options of timed steps."""
     every = list(speed_train.TRAINERS)
     add = part.add_argument
     add("--trainers", type=trainers, default=every, metavar="A,B", help="rows of the table")
@@ -126,6 +134,22 @@ def add_train(commands):
     add("--compiled", action=run.Flag, default=True, help="with --compile, too")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of steps")
     add("--matmul", type=run.positive(int), help="side of the product that is timed")
+
+
+def add_gpu(commands):
+    part = commands.add_parser(
+        "gpu", help="ten minutes on a GPU as a page for the README; exit 2 without one",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add_steps(part)
+    part.set_defaults(function=speed_gpu.time_gpu, arch="wrn40-2", group=20)
+    add = part.add_argument
+    add("--minutes", type=run.positive(float), default=10.0, help="after which no part begins")
+    add("--large-arch", default="wrn28-10", help="network held against the rate of a product")
+    add("--attack-arch", default="resnet18", help="network under attack")
+    add("--attack-batch", type=run.positive(int), default=128, help="images under attack")
+    add("--corrupted", type=run.positive(int), default=256, help="images to corrupt")
+    add("--data-dir", default="data", help="where CIFAR-10 is looked for")
 
 
 def trainers(text):
@@ -395,6 +419,8 @@ def draw_tree(folder, count=256):
 def main(args):
     target = run.try_file(args.json, "--json") if args.json else None
     device = run.get_device(args.device)
+    if args.command == "gpu" and device.type != "cuda":
+        raise run.UserError("gpu: no CUDA GPU here, so nothing was measured")
     torch.set_num_threads(args.threads)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{what}, {args.threads} threads, torch {torch.__version__}")

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import data, models, run
+from common import models, run
+from common.data import shapes
 
 SHORT = ["--overwrite", "--log-every", "1000", "--val-size", "20", "--no-augment"]
 EPOCH = [*SHORT, "--epochs", "1", "--eval-every", "1"]
@@ -130,8 +131,8 @@ def plain_step(args, device, norm, compiled=False):
         model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True, fused=fused
     )
     precision = run.Precision(args.precision, device)
-    images = data.load("shapes", "data", limit=args.batch_size).train
-    x, y = run.to_float(images.x.to(device)), images.y.to(device)
+    x, y = shapes.make(args.batch_size, device=device)
+    x = run.to_float(x)
 
     def step():
         with precision.autocast():
