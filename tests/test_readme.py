@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics as st
 
 import pytest
 
@@ -127,6 +128,21 @@ def test_numbers_of_the_ablation_are_those_of_the_file():
         values = runs[f"{norm}-lr0.1"]
         accuracy, width = values["accuracy"]["5000"], values["median"]["landscape_width"]
         assert f"| {label} BatchNorm | {accuracy:.0f} | {width:.2f} |" in text("README.md")
+
+
+def test_numbers_of_the_shortcut_are_those_of_the_files():
+    kinds = ("clean", "without", "swapped")
+    ends = {}
+    for row in json.loads((RESULTS / "shortcut_shapes.json").read_text())["rows"]:
+        ends.setdefault(row["norm"], []).append(row["curve"][-1])
+    for norm, found in ends.items():
+        (cells,) = rows_of("eval/results/README.md", f"{norm}, 3 levels")
+        values = [[end[kind] for end in found] for kind in kinds]
+        assert cells[1:] == [f"{st.mean(v):.1f} +- {st.stdev(v):.1f}" for v in values]
+    for row in json.loads((RESULTS / "shortcut_cifar10.json").read_text())["rows"]:
+        cells = [f"{row['levels']:g}", f"`{row['norm']}`"]
+        cells += [f"{row['curve'][-1][kind]:.1f}" for kind in kinds]
+        assert f"| {' | '.join(cells)} |" in text("eval/results/README.md")
 
 
 def test_the_first_page_is_short():
