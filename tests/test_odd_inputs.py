@@ -403,6 +403,7 @@ def test_odd_input(case, whole, scripts, tmp_path, monkeypatch):
         status, err = in_a_process(script, argv, environment, folder)
     else:
         status, err = in_process(scripts[script], argv)
+    print("status", status)
     assert status in (0, 2), f"{told}\n{err[-1500:]}"
     assert "Traceback" not in err, f"{told}\n{err[-1500:]}"
     if status == 2:

@@ -149,8 +149,8 @@ def read_manifest(folder):
         manifest = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path}: not JSON; delete the folder and export again") from None
-    if not isinstance(manifest, dict) or not {"seed", "frost"} <= manifest.keys():
-        raise UserError(f"{path}: has no seed and frost; delete the folder and export again")
+    if not isinstance(manifest, dict) or not {"seed", "frost", "sha256"} <= manifest.keys():
+        raise UserError(f"{path}: has no seed, frost or sha256; delete the folder and export again")
     return manifest
 
 
