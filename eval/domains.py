@@ -37,12 +37,19 @@ NOT_OPTIONS |= {"save_minutes", "corrupted_images", "strict", "max_skips", "data
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     parser.add_argument("checkpoints", nargs="+", help="run directories, folders of them, or files")
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--batch-size", type=run.positive(int), default=250)
+    parser.add_argument("--data-dir", default="data", help="where the data sets are")
+    parser.add_argument(
+        "--batch-size", type=run.positive(int), default=250, help="images of a batch"
+    )
     parser.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
     parser.add_argument("--strict", action="store_true", help="stop at a file that is no image")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the forward pass",
+    )
     parser.add_argument("--json", help="default: <name>.domains.json beside the first checkpoint")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace results of other settings"

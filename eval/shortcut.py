@@ -54,11 +54,13 @@ BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
 
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("study", choices=list(STUDIES), help="study")
+    parser.add_argument("--data-dir", default="data", help="where the data sets are")
     parser.add_argument("--norms", type=run.listed(str), help="default: those of the study")
     parser.add_argument("--sizes", type=run.listed(run.nonnegative(float)), help="grey levels")
-    parser.add_argument("--seeds", type=run.positive(int), default=3)
+    parser.add_argument(
+        "--seeds", type=run.positive(int), default=3, help="number of seeds, from 0 on"
+    )
     parser.add_argument("--limit", type=run.nonnegative(int), help="training images; 0: all")
     parser.add_argument("--epochs", type=run.positive(int), help="of every network")
     parser.add_argument("--json", type=Path, help="default: eval/results/shortcut_<study>.json")

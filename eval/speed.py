@@ -61,6 +61,9 @@ class Part(argparse.ArgumentParser):
 
     error = run.Parser.error
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=run.Formatter, **kwargs)
+
 
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
@@ -69,45 +72,62 @@ def parse_args(argv=None):
     )
     part = commands.add_parser(
         "corruptions", help="each corruption per image, and as an augmentation in training",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     part.set_defaults(function=time_corruptions)
-    part.add_argument("--sizes", type=sizes, default=[32, 224], metavar="32,64,224")
+    part.add_argument(
+        "--sizes", type=sizes, default=[32, 224], metavar="32,64,224", help="image sizes in pixels"
+    )
     part.add_argument("--images", type=run.positive(int), help="default: 256, 64, 8 by size")
-    part.add_argument("--severities", type=severities, default=[1, 2, 3, 4, 5], metavar="1,3")
+    part.add_argument(
+        "--severities",
+        type=severities,
+        default=[1, 2, 3, 4, 5],
+        metavar="1,3",
+        help="severities of 1 to 5",
+    )
     part.add_argument("--arch", default="resnet20", help="network of the training step")
     part.add_argument("--frost-dir", help="folder of the official frost textures")
-    part.add_argument("--data-dir", default="data")
+    part.add_argument("--data-dir", default="data", help="where the data sets are")
     part = commands.add_parser(
         "attacks", help="PGD on a batch, beside torchattacks and foolbox where installed",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     part.set_defaults(function=time_attacks)
-    part.add_argument("--arch", default="resnet18")
-    part.add_argument("--norm", default="bn")
-    part.add_argument("--batch-size", type=run.positive(int), default=64)
-    part.add_argument("--steps", type=run.positive(int), default=10)
+    part.add_argument("--arch", default="resnet18", help="network")
+    part.add_argument("--norm", default="bn", help="its normaliser")
+    part.add_argument("--batch-size", type=run.positive(int), default=64, help="images of a batch")
+    part.add_argument("--steps", type=run.positive(int), default=10, help="steps of the attack")
     part = commands.add_parser(
         "data", help="the loader of files beside a training step, images per second",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     part.set_defaults(function=time_data)
     part.add_argument("--tree", help="of class folders; default: 256 drawn JPEGs of 500x375")
-    part.add_argument("--arch", default="resnet18")
-    part.add_argument("--norm", default="bn")
-    part.add_argument("--image-size", type=run.positive(int), default=224)
-    part.add_argument("--batch-size", type=run.positive(int), default=32)
+    part.add_argument("--arch", default="resnet18", help="network")
+    part.add_argument("--norm", default="bn", help="its normaliser")
+    part.add_argument("--image-size", type=run.positive(int), default=224, help="pixels")
+    part.add_argument("--batch-size", type=run.positive(int), default=32, help="images of a batch")
     part.add_argument("--batches", type=run.positive(int), default=8, help="timed, after two")
     counts = run.listed(run.nonnegative(int))
-    part.add_argument("--workers", type=counts, default=[files.default_workers()])
-    part.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    part.add_argument(
+        "--workers", type=counts, default=[files.default_workers()], help="processes that decode"
+    )
+    part.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the forward pass",
+    )
     add_train(commands)
     add_gpu(commands)
     for command in commands.choices.values():
         usual = "auto" if command is commands.choices["gpu"] else "cpu"
         command.add_argument("--device", default=usual, help="auto, cpu, cuda, cuda:1 ...")
-        command.add_argument("--threads", type=run.positive(int), default=1)
-        command.add_argument("--repeat", type=run.positive(int), default=3)
+        command.add_argument("--threads", type=run.positive(int), default=1, help="of the CPU")
+        command.add_argument(
+            "--repeat",
+            type=run.positive(int),
+            default=3,
+            help="timings, of which the fastest counts",
+        )
         command.add_argument("--json", help="write the figures to this file, too")
     return parser.parse_args(argv)
 
@@ -115,7 +135,6 @@ def parse_args(argv=None):
 def add_train(commands):
     part = commands.add_parser(
         "train", help="images per second of every trainer's step, beside a plain loop and a floor",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     part.set_defaults(function=speed_train.time_train)
     add_steps(part)
@@ -139,7 +158,6 @@ def add_steps(part):
 def add_gpu(commands):
     part = commands.add_parser(
         "gpu", help="ten minutes on a GPU as a page for the README; exit 2 without one",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add_steps(part)
     part.set_defaults(function=speed_gpu.time_gpu, arch="wrn40-2", group=20)

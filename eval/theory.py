@@ -65,7 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--rho", type=run.positive(float), default=0.5, help="signal in a feature")
     parser.add_argument("--tau", type=run.nonnegative(float), default=2.0, help="size of the shift")
     parser.add_argument("--trials", type=run.positive(int), default=10, help="random draws")
-    parser.add_argument("--seed", type=run.nonnegative(int), default=0)
+    parser.add_argument("--seed", type=run.nonnegative(int), default=0, help="random seed")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args(argv)
     args.low = args.low or max(args.features // 2, 1)

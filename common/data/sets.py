@@ -57,7 +57,7 @@ class DataSet:
 def add_arguments(parser):
     """Add the options of every data set, as the group "data"."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="shapes", choices=NAMES)
+    group.add_argument("--dataset", default="shapes", choices=NAMES, help="data set")
     group.add_argument("--data-dir", default="data", help="where the files are, or go")
     group.add_argument(
         "--image-size", type=run.positive(int), metavar="S",

@@ -20,7 +20,7 @@ def add_arguments(parser, nargs="+", datasets=None):
         help="runs/x/last.pt, a run directory, or torchvision:resnet50 (ImageNet)",
     )  # fmt: skip
     group = parser.add_argument_group("state_dict of another project")
-    group.add_argument("--arch")
+    group.add_argument("--arch", help="network")
     group.add_argument("--model-norm", default="bn", choices=NORMS, help="its normalisation")
     group.add_argument("--dataset", choices=datasets, help="what it was trained on")
     group.add_argument("--mean", type=triple, metavar="R,G,B", help="in [0,1]")

@@ -5,6 +5,7 @@ from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
     Flag,
+    Formatter,
     Parser,
     add_arguments,
     add_evaluation_arguments,
@@ -85,6 +86,7 @@ __all__ = [
     "ROOT",
     "Diverged",
     "Flag",
+    "Formatter",
     "Loop",
     "Parser",
     "Precision",
