@@ -6,6 +6,7 @@ their steps. So all that a step does is in the time: the batch, the attack, the 
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import sys
@@ -97,15 +98,20 @@ def steps_of(args):
 
 def time_trainer(name, args, device, teacher, compiled=False):
     """Seconds of a step of a trainer, whose script runs in this process."""
-    script, _, options, _ = TRAINERS[name]
+    script, norm, options, _ = TRAINERS[name]
     skip, group, steps = steps_of(args)
     clock, found = Clock(device, skip, group), {}
     with tempfile.TemporaryDirectory() as folder:
-        length = ["--limit", str(args.batch_size * steps + 20), "--dataset", "shapes"]
+        length = [
+            "--limit",
+            str(args.batch_size * steps + 20),
+            "--dataset",
+            "shapes",
+            "--image-size",
+            "32",
+        ]
         if script == "bn_ablation":
             length += ["--steps", str(steps)]
-        if script == "nofrost":
-            length += ["--image-size", "32"]
         words = [
             *(str(teacher) if word == "{teacher}" else word for word in options), *length,
             "--arch", args.arch, "--batch-size", str(args.batch_size), "--device", str(device),
@@ -118,6 +124,9 @@ def time_trainer(name, args, device, teacher, compiled=False):
             contextlib.redirect_stdout(io.StringIO()),
         ):
             space["main"](space["parse_args"](words))
+    same = {"arch": args.arch, "norm": norm, "image_size": 32}
+    if {key: found["spec"][key] for key in same} != same:
+        raise run.UserError(f"{name}: trained another network than the plain loop: {found['spec']}")
     return clock.seconds()
 
 
@@ -275,6 +284,10 @@ def time_train(args, device):
     print("loop of forward, backward and update, divided by the work of the trainer's step (with")
     print("teacher 4/3, with PGD-1 and its images 8/3); floor: its products at the measured rate")
     print("of a product, and the bytes of its other operators at that of a copy")
+    if hasattr(os, "getloadavg"):
+        output["load"] = os.getloadavg()[1]
+        output["cores"] = os.cpu_count()
+        print(f"load of the machine over 5 minutes: {output['load']:.1f} on {os.cpu_count()} cores")
     return output
 
 
