@@ -219,7 +219,7 @@ def main(args):
     if teacher is not None:
         if not args.teacher:
             train("teacher", teacher, own, task, rundir, precision)
-        teacher.requires_grad_(False).eval()
+        teacher.requires_grad_(requires_grad=False).eval()
         if args.student_init == "teacher":
             models.copy_matching_weights(teacher, student)
     if "baseline" in networks:

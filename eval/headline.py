@@ -120,7 +120,7 @@ def training(args, scale, name, seed):
     words, needs = filled(scale.runs[name], args, seed, {"run": folder, "seed": seed})
     words += ["--seed", str(seed), "--data-dir", args.data_dir]
     words += ["--out", str(folder), "--resume", "auto"]
-    return Job(f"{name}-s{seed}", words, folder, needs, True, seed)
+    return Job(f"{name}-s{seed}", words, folder, needs, trains=True, seed=seed)
 
 
 def result_file(args, row, name, seed):
@@ -138,7 +138,7 @@ def evaluation(args, scale, row, name, seed):
     product = result_file(args, row, name, seed)
     words += ["--data-dir", args.data_dir, "--json", str(product)]
     key = f"{row.run}-s{seed} {product.stem}"
-    return Job(key, words, product, (f"{row.run}-s{seed}", *needs), False, seed)
+    return Job(key, words, product, (f"{row.run}-s{seed}", *needs), trains=False, seed=seed)
 
 
 def trainings_of(scale, row):

@@ -123,7 +123,7 @@ def train(norm, seed, dataset, epochs, precision, teacher=None):
     optimizer = torch.optim.SGD(
         groups, peak, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )  # fmt: skip
-    batches = data.Batches(dataset.train, BATCH_SIZE, seed, True, dataset.flip)
+    batches = data.Batches(dataset.train, BATCH_SIZE, seed, augment=True, flip=dataset.flip)
     total, curve = epochs * batches.per_epoch, []
     for step in range(total):
         model.train()
@@ -241,7 +241,7 @@ def main(args):
             teacher = None
             if norm == "ct":
                 teacher, _ = teacher_for(levels, seed, dataset, args, precision)
-                teacher.requires_grad_(False)
+                teacher.requires_grad_(requires_grad=False)
                 begun = time.process_time()
             if norm == "none":
                 _, curve = teacher_for(levels, seed, dataset, args, precision)

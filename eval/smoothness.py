@@ -109,7 +109,7 @@ def measures(text):
 
 def input_gradient(net, x, y):
     """dL/dx of each image, (N,3,S,S)."""
-    x = x.detach().requires_grad_(True)
+    x = x.detach().requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(F.cross_entropy(net(x), y, reduction="sum"), x)[0]
 
@@ -244,7 +244,7 @@ def parameter_hessian(net, x, y, batch_size, iterations, seed):
     start = torch.randn(sum(sizes), generator=run.generator(seed, "hessian")).to(x.device)
     try:
         for p in parameters:
-            p.requires_grad_(True)
+            p.requires_grad_()
         return power_iteration(multiply, start, iterations, torch.dot).item()
     finally:
         for p, flag in zip(parameters, flags, strict=True):
@@ -255,7 +255,7 @@ def image_hessian(net, x, y, iterations, seed, index):
     """Eigenvalue of largest modulus of the Hessian of each image's L in the image, (N,)."""
 
     def multiply(v):
-        images = x.detach().requires_grad_(True)
+        images = x.detach().requires_grad_()
         with torch.enable_grad():
             loss = F.cross_entropy(net(images), y, reduction="sum")
             (grad,) = torch.autograd.grad(loss, images, create_graph=True)

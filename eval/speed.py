@@ -292,7 +292,7 @@ def pgd_written_out(model, x, y, eps, alpha, steps, precision):
     low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     adv = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     for _ in range(steps):
-        adv.requires_grad_(True)
+        adv.requires_grad_()
         with precision.autocast():
             logits = model(adv)
         (grad,) = torch.autograd.grad(F.cross_entropy(logits.float(), y, reduction="sum"), adv)
@@ -306,7 +306,11 @@ def time_attacks(args, device):
     x, y = shapes.make(args.batch_size, device=device)
     x = run.to_float(x)
     model = models.build(args.arch, args.norm, 10).to(device).eval()
-    fast = copy.deepcopy(model).to(memory_format=torch.channels_last).requires_grad_(False)
+    fast = (
+        copy.deepcopy(model)
+        .to(memory_format=torch.channels_last)
+        .requires_grad_(requires_grad=False)
+    )
     fast_x = x.contiguous(memory_format=torch.channels_last)
     fp32, low = run.Precision("fp32", device), run.Precision("auto", device)
     eps, alpha = 8 / 255, attacks.default_alpha(8, args.steps) / 255

@@ -62,7 +62,7 @@ class Pretended(torch.Tensor):
     def __new__(cls, held):
         meta = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
         options = {"dispatch_device": True, "device_for_backend_keys": CUDA}
-        made = torch.Tensor._make_subclass(cls, meta, False, **options)
+        made = torch.Tensor._make_subclass(cls, meta, require_grad=False, **options)
         made.held = held
         return made
 
@@ -200,7 +200,7 @@ class Device(TorchDispatchMode):
 
         outside = tensors and not tensors[0].is_inference()
         if torch.is_inference_mode_enabled() and is_view(func) and outside:
-            with torch.inference_mode(False):  # a view of a normal tensor is a normal tensor
+            with torch.inference_mode(mode=False):  # a view of a normal tensor is a normal tensor
                 return tree_map(wrap, result)
         return tree_map(wrap, result)
 

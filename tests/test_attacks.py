@@ -296,7 +296,7 @@ def make_mixed():
     net = make_net().train()
     net.layer2.eval()
     net.layer3[0].bn1.eval()
-    net.conv1.weight.requires_grad_(False)
+    net.conv1.weight.requires_grad_(requires_grad=False)
     return net
 
 
@@ -304,7 +304,7 @@ def make_mixed():
 def test_model_is_left_as_found(mode):
     net, (x, y) = make_mixed(), make_images()
     before = snapshot(net)
-    x.requires_grad_(True)
+    x.requires_grad_()
     kept = x.detach().clone()
     x_adv = pgd(net, x, y, steps=2, mode=mode, restarts=2, precision=BF16)
     assert_untouched(net, before)

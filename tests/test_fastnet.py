@@ -216,11 +216,11 @@ def test_captured_passes_give_logits_and_gradients(recorded):
         with torch.no_grad():
             net.conv1.weight += change
             net.fc.bias += change
-        a = x.clone().requires_grad_(True)
+        a = x.clone().requires_grad_()
         expected = net(a)
         (gradient,) = torch.autograd.grad(F.cross_entropy(expected, y), a)
         fast = captured(graphs, net, x)
-        b = (x + 0).requires_grad_(True)
+        b = (x + 0).requires_grad_()
         logits = fast(b)
         (found,) = torch.autograd.grad(F.cross_entropy(logits, y), b)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

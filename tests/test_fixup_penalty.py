@@ -441,7 +441,7 @@ def test_svhn_is_an_npz_and_not_mirrored(tmp_path):
     np.savez(tmp_path / "svhn.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     dataset = data.load("svhn", tmp_path)
     assert len(dataset.classes) == 10 and not dataset.flip
-    batch, _ = data.Batches(dataset.train, 20, 0, True, dataset.flip)(0)
+    batch, _ = data.Batches(dataset.train, 20, 0, augment=True, flip=dataset.flip)(0)
     assert (batch[:, :, 8:24, 8] == 1).all() and (batch[:, :, 8:24, 24] == 0).all()
 
 

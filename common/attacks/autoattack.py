@@ -126,7 +126,7 @@ class Victim:
         self.backward += len(x)
         for begin in range(0, len(x), self.chunk):
             rows = slice(begin, begin + self.chunk)
-            part = x[rows].detach().requires_grad_(True)
+            part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = self.net(part)
                 value = loss(logits, *(None if v is None else v[rows] for v in labels))
@@ -273,7 +273,7 @@ def attack(
     kind, steps, restarts = parse(name)
     x = run.to_float(x).float()
     index = (torch.arange(len(x)) if index is None else index).to(x.device)
-    check_arguments(x, y, eps, alpha, steps, norm, "ce", None, 1, True, "eval")
+    check_arguments(x, y, eps, alpha, steps, norm, "ce", None, 1, random_start=True, mode="eval")
     y = whole(y)
     model = as_fp32(fastnet.unwrap(model))
     facts = {"zero": 0, "lost": 0, "broken": 0, "forward": 0, "backward": 0}

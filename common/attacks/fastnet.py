@@ -99,7 +99,7 @@ def frozen(model, mode="eval"):
     try:
         net.train(mode == "train")
         for parameter, _ in flags:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(requires_grad=False)
         if mode == "train":
             for module, _ in modes:
                 for name, buffer in module._buffers.items():
@@ -404,7 +404,7 @@ class Captured(Net):
     def __init__(self, module, x, autocast):
         super().__init__(module, x, autocast)
         self.x = torch.empty_like(x).contiguous(memory_format=self.layout)
-        self.x.copy_(x).requires_grad_(True)
+        self.x.copy_(x).requires_grad_()
         with patched(self.plan, self.dtype) as self.refresh, torch.enable_grad():
             self.record_passes()
 
@@ -486,7 +486,7 @@ def prepared(model, x, precision=None, mode="eval", capture=None, eot=1):
     """
     fp32 = functools.partial(torch.autocast, x.device.type, enabled=False)
     autocast = fp32 if precision is None else precision.autocast
-    with torch.inference_mode(False), torch.no_grad(), fp32(), frozen(model, mode) as module:
+    with torch.inference_mode(mode=False), torch.no_grad(), fp32(), frozen(model, mode) as module:
         if capture is not None and x.is_cuda and mode == "eval" and eot == 1:
             yield capture.get(module, x, autocast, getattr(precision, "dtype", None))
             return

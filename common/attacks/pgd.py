@@ -164,7 +164,7 @@ def ascend(net, ball, noise, y, target, loss, steps):
     flat = 0
     adv = ball.start(noise)
     for _ in range(steps):
-        adv.requires_grad_(True)
+        adv.requires_grad_()
         with torch.enable_grad():
             value = loss(net(adv), y, target).sum()
             (grad,) = torch.autograd.grad(value * net.scale, adv)
