@@ -455,8 +455,7 @@ def main(args):
     precision = run.Precision(args.precision, device)
     networks, name = models.for_evaluation(args, device)
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
-    first = Path(args.checkpoints[0])
-    first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
+    first = models.place_of(networks[0][2])
     networks = models.with_gamma(networks, args.gamma)
     check_plan(args, networks, x)
     settings = {

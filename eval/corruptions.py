@@ -101,13 +101,11 @@ def parse_args(argv=None):
         "--overwrite", action="store_true", help="replace results of other settings"
     )
     parser.add_argument("--export", metavar="DIR", help="replaced by eval/export.py")
-    models.add_arguments(parser, "*", data.NAMES)
+    models.add_arguments(parser, data.NAMES)
     args = parser.parse_args(argv)
     if args.export:
         words = f"{args.export} --dataset {args.dataset or 'cifar10'}"
         parser.error(f"--export is a script of its own now: python eval/export.py {words}")
-    if not args.checkpoints:
-        parser.error("a checkpoint is required")
     if args.dataset == "folder":
         parser.error("--dataset folder goes with eval/export.py")
     return args
@@ -252,7 +250,7 @@ class Files:
         try:
             for group in self.groups:
                 digests = list(dict.fromkeys(column.entry["weights"] for column in group))
-                first = group[0].entry["checkpoint"].removeprefix("torchvision:")
+                first = models.place_of(group[0].entry)
                 results = run.Results(
                     "corruptions", first, {"weights": digests} | settings,
                     path=args.json, tensorboard=args.tensorboard, overwrite=args.overwrite,

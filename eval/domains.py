@@ -37,6 +37,9 @@ NOT_OPTIONS |= {"save_minutes", "corrupted_images", "strict", "max_skips", "data
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     parser.add_argument("checkpoints", nargs="+", help="run directories, folders of them, or files")
+    parser.add_argument(
+        "--arch", metavar="FILE.py:NAME", help="your network that was trained, whose code then runs"
+    )
     parser.add_argument("--data-dir", default="data", help="where the data sets are")
     parser.add_argument(
         "--batch-size", type=run.positive(int), default=250, help="images of a batch"
@@ -123,7 +126,7 @@ def evaluate(path, cache, args, precision, device):
         checkpoint = model.spec | {"dataset": "imagenet", "method": "torchvision"}
     else:
         checkpoint = run.load_checkpoint(path)
-        model = models.from_checkpoint(checkpoint)
+        model = models.from_checkpoint(checkpoint, args.arch)
     options = checkpoint.get("args", {})
     domain, dataset = options.get("test_domain"), str(checkpoint.get("dataset"))
     if dataset in data.IMAGENET:

@@ -435,8 +435,7 @@ def main(args):
     device = run.get_device(args.device)
     networks, name = models.for_evaluation(args, device)
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
-    first = Path(args.checkpoints[0])
-    first = Path(networks[0][0]) if str(first).startswith("torchvision:") else first
+    first = models.place_of(networks[0][2])
     settings = {
         "checkpoints": [facts["checkpoint"] for _, _, facts in networks], "dataset": name,
         "images": len(y), "limit": args.limit, "measures": args.measures, "eps": args.eps,

@@ -172,7 +172,6 @@ def test_tensorboard_grid(folder):
         (["x.pt", "--gamma", "1.5"], "from 0 to 1"),
         (["x.pt", "--limit", "-1"], "at least 0"),
         (["x.pt", "--mean", "1,2"], "three numbers"),
-        ([], "required"),
     ],
 )
 def test_bad_options(options, text):

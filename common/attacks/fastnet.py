@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from common import models
-from common.run import UserError, eval_mode
+from common.run import UserError, eval_mode, logits_of
 
 FP16_SCALE = 256.0  # of the loss under fp16: smaller gradients would underflow to a sign of 0
 
@@ -60,23 +60,6 @@ def unwrap(model):
             return Function(model)
         else:
             raise UserError(f"{type(model).__name__} is no model: give a module or a function")
-
-
-def logits_of(output):
-    """Logits (N,K) fp32 of a network's output: a tensor, a tuple (its first) or a dict."""
-    if isinstance(output, dict) or hasattr(output, "logits"):
-        found = output.get("logits") if isinstance(output, dict) else output.logits
-    elif isinstance(output, (tuple, list)) and len(output):
-        found = output[0]
-    else:
-        found = output
-    if not isinstance(found, torch.Tensor) or found.ndim != 2:
-        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise UserError(
-            f"the model returned {shape} where logits (N, classes) are needed: a tensor, a tuple "
-            'that begins with it, or a dict with the key "logits"'
-        )
-    return found.float()
 
 
 def normal(tensor):

@@ -8,7 +8,14 @@ Every network takes images in [0,1] (N,3,H,W), normalises them in its first laye
 """
 
 from common.models.adapt import SOURCE, adapted, batch_norms
-from common.models.evaluation import add_arguments, add_gamma, for_evaluation, triple, with_gamma
+from common.models.evaluation import (
+    add_arguments,
+    add_gamma,
+    for_evaluation,
+    place_of,
+    triple,
+    with_gamma,
+)
 from common.models.init import (
     INITS,
     LAST_SCALE,
@@ -72,6 +79,7 @@ from common.models.norms import (
     shift,
     use_statistics,
 )
+from common.models.own import Own, build_own, is_own
 from common.models.weights import (
     RENAMES,
     copy_matching_weights,
@@ -131,6 +139,7 @@ __all__ = [
     "NormFreeBlock",
     "NormFreeNet",
     "Normalize",
+    "Own",
     "PadShortcut",
     "ResNeXt",
     "ResNet",
@@ -145,6 +154,7 @@ __all__ = [
     "add_gamma",
     "batch_norms",
     "build",
+    "build_own",
     "constructor",
     "conv_shortcut",
     "copy_matching_weights",
@@ -157,6 +167,7 @@ __all__ = [
     "init_glorot",
     "init_he",
     "init_without_norm",
+    "is_own",
     "load_foreign",
     "load_pretrained",
     "load_teacher",
@@ -168,6 +179,7 @@ __all__ = [
     "mean_squares",
     "measure_statistics",
     "mix_statistics",
+    "place_of",
     "pool",
     "scale_branches",
     "set_drop_path",

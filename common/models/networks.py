@@ -69,7 +69,7 @@ class ResNet(Net):
         super().__init__()
         self.normalize = Normalize(mean, std)
         kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
-        width = widths[0] if option == "A" else 64
+        width = widths[0]
         self.conv1 = layers.conv(3, width, kernel, stride)
         self.bn1 = layers.norm(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()

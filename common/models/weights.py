@@ -8,11 +8,12 @@ from torch import nn
 
 from common import run
 from common.models.layers import Normalize
-from common.models.zoo import IMAGENET_RESNETS, build, from_checkpoint
+from common.models.zoo import CIFAR_RESNETS, IMAGENET_RESNETS, build, from_checkpoint
 from common.run import UserError
 
 RENAMES = [  # names in other projects' checkpoints -> names here
     (r"^(module\.|_orig_mod\.|model\.)+", ""),
+    (r"^1\.(?=conv1|bn1|layer|block|fc|linear)", ""),  # Sequential(normalisation, network)
     (r"^linear\.", "fc."),
     (r"\.shortcut\.(?=[01]\.)", ".downsample."),
     (r"^(block\d)\.layer\.", r"\1."),
@@ -20,10 +21,34 @@ RENAMES = [  # names in other projects' checkpoints -> names here
     (r"^head\.fc\.", "fc."),  # timm's NF-ResNets
     (r"^bias1$", "bn1.bias"),  # the authors' Fixup nets
     (r"^bias2$", "fc.bias_in"),
+    # AugMix's ResNeXt, as RobustBench has it: three blocks a stage
+    (r"^conv_1_3x3\.", "conv1."),
+    (r"^bn_1\.", "bn1."),
+    (r"^stage_(\d)\.(\d)\.", lambda m: f"body.{3 * int(m[1]) - 3 + int(m[2])}."),
+    (r"\.conv_reduce\.", ".conv1."),
+    (r"\.bn_reduce\.", ".bn1."),
+    (r"\.conv_conv\.", ".conv2."),
+    (r"(?<=\d)\.bn\.", ".bn2."),
+    (r"\.conv_expand\.", ".conv3."),
+    (r"\.bn_expand\.", ".bn3."),
+    # kuangliu's VGG
+    (r"^features\.", "body."),
+    (r"^classifier\.(?=weight|bias)", "fc."),
 ]
+# What is no weight of the network: TRADES builds its first block twice and uses it once; MAIR keeps
+# the number of classes; Madry's "robustness" saves the network a second time.
+SURPLUS = r"sub_block1\..*|n_classes|attacker\..*"
+MEANS = (  # of the images, as buffers
+    "mu", "mean", "normalize.mean", "norm.mean", "normalizer.mean", "normalizer.new_mean", "0.mean",
+)  # fmt: skip
+DEVIATIONS = (
+    "sigma", "std", "normalize.std", "norm.std", "normalizer.std", "normalizer.new_std", "0.std",
+)  # fmt: skip
 
-
-WRAPPINGS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
+WRAPPINGS = (
+    "state_dict", "model_state_dict", "model_state", "model", "rmodel", "net", "network", "weights",
+)  # fmt: skip
+PREFIX = r"^(module\.|_orig_mod\.|model\.|net\.)+"
 
 
 def unwrap(content):
@@ -61,18 +86,50 @@ def image_size_of(state, dataset):
     return {"imagenet": 224, "tiny-imagenet": 64}.get(dataset, 32)
 
 
+def without_statistics(state, mean=None, std=None):
+    """(state, (mean, std)): a state_dict without the buffers of a normalising layer, and their
+    values as triples, where `mean` and `std` are not given."""
+    kept, found = {}, {}
+    for key, value in state.items():
+        name = re.sub(RENAMES[0][0], "", key)
+        which = "mean" if name in MEANS else "std" if name in DEVIATIONS else None
+        three = isinstance(value, torch.Tensor) and value.numel() == 3
+        if which and three:
+            found[which] = tuple(value.flatten().tolist())
+        else:
+            kept[key] = value
+    if mean is None and std is None and len(found) == 2:
+        print(f"mean {shown(found['mean'])} and deviation {shown(found['std'])} from the file")
+        mean, std = found["mean"], found["std"]
+    return kept, (mean, std)
+
+
+def shown(triple):
+    return ",".join(f"{value:g}" for value in triple)
+
+
+def arch_of(arch, state):
+    """The name of the network for these weights: resnetN-b where the shortcuts of a CIFAR ResNet
+    are convolutions, as in chenyaofo's networks, and not padding."""
+    convolved = any(key.endswith("downsample.0.weight") for key in state)
+    return f"{arch}-b" if arch in CIFAR_RESNETS and convolved else arch
+
+
 def load_foreign(model, state):
-    """Load a state_dict of another project (torchvision, akamaster's and kuangliu's CIFAR nets,
-    the PyTorch Wide ResNet). Raises UserError naming what does not fit."""
+    """Load a state_dict of another project (torchvision, akamaster's, kuangliu's and chenyaofo's
+    CIFAR nets, the PyTorch Wide ResNet, TRADES, MAIR, RobustBench). Raises UserError naming what
+    does not fit."""
     state = unwrap(state)
     renamed = {}
     for key, value in state.items():
         for pattern, new in RENAMES:
             key = re.sub(pattern, new, key)
-        renamed[key] = value
+        if not re.fullmatch(SURPLUS, key):
+            renamed[key] = value
     own = model.state_dict()
     ours = r"normalize\..*|.*num_batches_tracked"  # absent elsewhere, or in old files
     renamed = {k: own[k] for k in own if re.fullmatch(ours, k)} | renamed
+    without_biases(renamed, own)
     wrong = sorted(own.keys() ^ renamed.keys())
     wrong += [k for k in own.keys() & renamed.keys() if not is_tensor_of(renamed[k], own[k])]
     if wrong:
@@ -80,6 +137,29 @@ def load_foreign(model, state):
         raise UserError(f"the state_dict is no {arch}: {len(wrong)} entries differ, as {wrong[0]}")
     model.load_state_dict(renamed)
     return model.eval()
+
+
+def without_biases(renamed, own):
+    """Take the biases of convolutions before BatchNorm out of kuangliu's VGG: subtracted from the
+    running mean they do the same."""
+    for key in [k for k in renamed if k not in own and re.fullmatch(r"body\.\d+\.bias", k)]:
+        mean = f"body.{int(key.split('.')[1]) + 1}.running_mean"
+        if mean in renamed and is_tensor_of(renamed[mean], renamed[key]):
+            renamed[mean] = renamed[mean] - renamed.pop(key)
+
+
+def load_own(model, state):
+    """Load the weights of a user's network, with or without the usual prefixes. Raises UserError
+    naming what does not fit."""
+    own = model.net.state_dict()
+    stripped = {re.sub(PREFIX, "", key): value for key, value in state.items()}
+    best = min((state, stripped), key=lambda found: len(own.keys() ^ found.keys()))
+    wrong = sorted(own.keys() ^ best.keys())
+    wrong += [k for k in own.keys() & best.keys() if not is_tensor_of(best[k], own[k])]
+    if wrong:
+        arch = model.spec["arch"]
+        raise UserError(f"the state_dict is no {arch}: {len(wrong)} entries differ, as {wrong[0]}")
+    model.net.load_state_dict(best)
 
 
 def from_torchvision(name):
@@ -128,7 +208,8 @@ def load_teacher(path, student, device):
         own, wanted = checkpoint[key], student.spec[key]
         if own != wanted:
             raise UserError(f"--teacher {path}: its {key} is {own}, the student's is {wanted}")
-    return from_checkpoint(checkpoint).to(device, memory_format=torch.channels_last)
+    teacher = from_checkpoint(checkpoint, student.spec["arch"])
+    return teacher.to(device, memory_format=torch.channels_last)
 
 
 def load_pretrained(model, file):

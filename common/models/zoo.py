@@ -17,6 +17,7 @@ from common.models.networks import (
 )
 from common.models.normfree import FIXUP, FixupLinear, NormFreeNet
 from common.models.norms import NORMS
+from common.models.own import build_own, is_own
 from common.run import UserError
 
 CIFAR_RESNETS = {f"resnet{d}": d for d in (8, 14, 20, 26, 32, 44, 56, 110)}
@@ -28,10 +29,12 @@ IMAGENET_RESNETS = {
 }
 
 
-def make_cifar_resnet(depth):
+def make_cifar_resnet(depth, option="A"):
+    """ResNet of He et al. for CIFAR. option: of the shortcuts, A pads and B convolves."""
+
     def make(layers, num_classes, mean, std, image_size):
         depths, widths = ((depth - 2) // 6,) * 3, (16, 32, 64)
-        return ResNet(layers, num_classes, mean, std, BasicBlock, depths, widths, "cifar", "A")
+        return ResNet(layers, num_classes, mean, std, BasicBlock, depths, widths, "cifar", option)
 
     return make
 
@@ -120,17 +123,21 @@ def wide_size(arch):
 
 
 def constructor(arch):
-    """The constructor for a name: a key of ARCHS, `wrnD-K`, `wrn28` (WRN-28-10), or
-    `vggD-W`, a VGG whose first stage has W channels instead of 64."""
+    """The constructor for a name: a key of ARCHS, `wrnD-K`, `wrn28` (WRN-28-10), `vggD-W`, a VGG
+    whose first stage has W channels instead of 64, or `resnet20-b`, whose shortcuts convolve."""
     wide = wide_size(arch)
     if wide:
         return make_wide(*wide)
     narrow = re.fullmatch(r"vgg(11|13|16)-([1-9]\d*)", arch)
     if narrow:
         return make_vgg(int(narrow[1]), int(narrow[2]))
+    convolved = re.fullmatch(r"(resnet\d+)-b", arch)
+    if convolved and convolved[1] in CIFAR_RESNETS:
+        return make_cifar_resnet(CIFAR_RESNETS[convolved[1]], "B")
     if arch not in ARCHS:
         raise UserError(
-            f"--arch {arch}: unknown; there are {', '.join(ARCHS)}, wrn28, wrnD-K and vggD-W"
+            f"--arch {arch}: unknown; there are {', '.join(ARCHS)}, wrn28, wrnD-K and vggD-W, or "
+            "your own as FILE.py:NAME"
         )
     return ARCHS[arch]
 
@@ -138,9 +145,12 @@ def constructor(arch):
 def build(arch, norm="bn", num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3):
     """A freshly initialised network (torch's global generator decides the weights).
 
-    arch: a name of ARCHS or wrnD-K; norm: a name of NORMS; mean, std: of the data in [0,1].
-    Raises UserError for an unknown name or an impossible pair.
+    arch: a name of ARCHS or wrnD-K, or a user's FILE.py:NAME, whose code then runs. norm: a name of
+    NORMS. mean, std: of the data in [0,1]. Raises UserError for an unknown name or an impossible
+    pair.
     """
+    if is_own(arch):
+        return build_own(arch, norm, num_classes, image_size, mean, std)
     make = constructor(arch)
     if norm not in NORMS:
         raise UserError(f"--norm {norm}: unknown; {arch} takes {', '.join(NORMS)}")
@@ -163,10 +173,11 @@ def build(arch, norm="bn", num_classes=10, image_size=32, mean=(0.5,) * 3, std=(
     return model
 
 
-def from_checkpoint(checkpoint):
+def from_checkpoint(checkpoint, named=None):
     """The network of a checkpoint dict (`run.load_checkpoint`), in eval mode.
 
-    Raises UserError where its fields are missing, or its weights are those of another network."""
+    named: FILE.py:NAME where the user named it, for no checkpoint makes code run. Raises UserError
+    where it is needed, where fields are missing, or the weights are those of another network."""
     keys = ("arch", "norm", "num_classes", "image_size")
     missing = [key for key in keys if key not in checkpoint]
     if missing:
@@ -178,7 +189,16 @@ def from_checkpoint(checkpoint):
             f"the checkpoint's num_classes is {checkpoint['num_classes']}, which its weights are "
             "too few for: take an intact copy"
         )
-    model = build(**{key: checkpoint[key] for key in keys})
+    spec = {key: checkpoint[key] for key in keys}
+    if is_own(spec["arch"]):
+        if not is_own(named):
+            raise UserError(
+                f"the checkpoint is of {spec['arch']}, whose code no checkpoint makes run: name it "
+                f"with --arch {spec['arch']}"
+            )
+        spec["arch"] = named
+        spec |= {} if "normalize.mean" in state else {"mean": None, "std": None}
+    model = build(**spec)
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys())
     for name in sorted(own.keys() & state.keys()):

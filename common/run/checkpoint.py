@@ -118,6 +118,12 @@ def load_checkpoint(path, device="cpu", foreign=False):
         path = path / "last.pt"
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        line = f"torch.save(load_file('{path.name}'), '{path.stem}.pt')"
+        raise UserError(
+            f'{path}: convert it first: python -c "import torch; from safetensors.torch import '
+            f'load_file; {line}"'
+        )
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for broken files

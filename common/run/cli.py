@@ -305,7 +305,7 @@ def add_recipe_arguments(parser, defaults, clip=0.0):
     defaults: {data set: {"arch": ..., "epochs": ...}}, shown in the help (see `defaults_for`).
     """
     group = parser.add_argument_group("model and optimisation")
-    group.add_argument("--arch", help=f"network; {by_data(defaults, 'arch')}")
+    group.add_argument("--arch", help=f"network, or FILE.py:NAME; {by_data(defaults, 'arch')}")
     group.add_argument(
         "--epochs", type=positive(int), help=f"length of a training; {by_data(defaults, 'epochs')}"
     )

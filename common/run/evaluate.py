@@ -21,6 +21,23 @@ def to_float(x):
     return x
 
 
+def logits_of(output):
+    """Logits (N,K) fp32 of a network's output: a tensor, a tuple (its first) or a dict."""
+    if isinstance(output, dict) or hasattr(output, "logits"):
+        found = output.get("logits") if isinstance(output, dict) else output.logits
+    elif isinstance(output, (tuple, list)) and len(output):
+        found = output[0]
+    else:
+        found = output
+    if not isinstance(found, torch.Tensor) or found.ndim != 2:
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise UserError(
+            f"the model returned {shape} where logits (N, classes) are needed: a tensor, a tuple "
+            'that begins with it, or a dict with the key "logits"'
+        )
+    return found.float()
+
+
 @contextlib.contextmanager
 def eval_mode(model):
     """Evaluation mode inside; afterwards every submodule has the mode it had."""
@@ -38,7 +55,7 @@ def predict(model, x, precision=None, batch_size=500):
     """Logits (N,K), fp32, of images x (N,3,H,W), uint8 or float in [0,1], in eval mode."""
     precision = precision or Precision("fp32", x.device)
     with eval_mode(model), precision.autocast():
-        return torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
+        return torch.cat([logits_of(model(to_float(part))) for part in x.split(batch_size)])
 
 
 def counts(logits, y, bins=15):

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -337,7 +338,8 @@ def default_name(args, method):
     """runs/<script>-<data>-<arch>-<options that differ from the default>-s<seed>."""
     hidden = ("dataset", "arch", "seed", "seeds")
     words = [f"{k.replace('_', '-')}-{text(v)}" for k, v in args.differs.items() if k not in hidden]
-    return Path("runs") / "-".join([method, args.dataset, args.arch, *words, f"s{args.seed}"])
+    arch = re.split(r"[/\\]", args.arch)[-1].replace(".py:", "-")  # of FILE.py:NAME no path
+    return Path("runs") / "-".join([method, args.dataset, arch, *words, f"s{args.seed}"])
 
 
 def text(value):
