@@ -311,7 +311,8 @@ def picture(x, columns):
 class Arrays:
     """The test images of a data set of arrays, clean and corrupted."""
 
-    def __init__(self, args, name, networks):
+    def __init__(self, args, name, networks, device):
+        self.device = device
         options = data.test_options(name, networks) | {"strict": args.strict}
         if data.SETS[name].sized:
             options["image_size"] = networks[0][1].spec["image_size"]
@@ -358,7 +359,7 @@ class Arrays:
         """Released or generated images (N,3,S,S) of the test rows `rows`, uint8."""
         if self.folder:
             return data.read_corrupted(self.folder, name, severity, rows)
-        x = self.dataset.test.take(rows, complete=True).x
+        x = self.dataset.test.take(rows, complete=True).x.to(self.device)
         return corruptions.corrupt(
             x, name, severity, self.args.seed, rows.to(x.device), frost_dir=self.args.frost_dir,
             data_dir=self.args.data_dir, scale=self.dataset.scale,
@@ -382,7 +383,7 @@ class Arrays:
 
 def evaluate_arrays(args, networks, name, device, precision):
     """The table of small images. Returns what the results files hold."""
-    images = Arrays(args, name, networks)
+    images = Arrays(args, name, networks, device)
     args.corruptions = images.corruptions
     check_adapt(args, len(images.rows))
     columns = columns_of(networks, args)
