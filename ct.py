@@ -256,17 +256,18 @@ def report(networks, dataset, args, rundir, precision):
         run.command("eval/corruptions.py", rundir.dir / "last.pt"): "each corruption",
         "python ct.py --dataset cifar10 --arch wrn16-1 --epochs 20": "real images",
     }
-    run.print_findings(paper, verdict(columns), following)
+    run.print_findings(paper, verdict(columns, 150 / len(dataset.classes)), following)
     return final
 
 
-def verdict(columns):
-    """One sentence made of the table's numbers: who reads the shortcut, or who withstands."""
+def verdict(columns, chance):
+    """A sentence made of the table: who reads the shortcut, or withstands, or is below `chance`."""
     clean, swapped = columns["clean"], columns.get(SHOWN["swapped"])
     if swapped:
         words = []
         for name, value in swapped.items():
             verb = "reads the shortcut" if value < clean[name] / 2 else "looks at the picture"
+            verb = "has not learnt" if clean[name] < chance else verb
             words.append(f"{name} {verb} ({clean[name]:.1f} % with it, {value:.1f} % swapped)")
         return "; ".join(words) + "."
     corrupted = columns.get("corrupted", clean)

@@ -235,3 +235,14 @@ def test_help_mentions_every_group():
     assert done.returncode == 0
     for word in ("--dataset", "--lam", "--teacher", "--out", "--precision"):
         assert word in done.stdout
+
+
+def test_the_sentence_is_made_of_the_numbers():
+    columns = {
+        "clean": {"teacher": 11.0, "baseline": 99.0, "CT": 90.0},
+        "shortcut swapped": {"teacher": 11.0, "baseline": 0.0, "CT": 70.0},
+    }
+    sentence = ct.verdict(columns, 15.0)
+    assert "teacher has not learnt (11.0 % with it" in sentence
+    assert "baseline reads the shortcut (99.0 % with it, 0.0 % swapped)" in sentence
+    assert "CT looks at the picture (90.0 % with it, 70.0 % swapped)" in sentence
