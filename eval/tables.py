@@ -146,7 +146,7 @@ def settings(entry):
     if not options.get("lam"):  # without a teacher the rest of the method does nothing
         idle = ("distance", "match", "temperature", "student_init")
         options = {k: v for k, v in options.items() if k not in idle and "teacher" not in k}
-    keys = ("method", "stage", "arch", "norm")
+    keys = ("method", "stage", "arch", "norm", "gamma", "adapt", "adapt_source")
     return options | {k: entry.get(k) for k in keys}
 
 

@@ -110,3 +110,11 @@ def test_digest_is_of_the_weights():
     assert run.weights_digest(first) != run.weights_digest(second)
     second.load_state_dict(first.state_dict())
     assert run.weights_digest(first) == run.weights_digest(second)
+
+
+def test_adapted_statistics_are_a_row_of_their_own():
+    """The same network with and without --adapt or --gamma is never averaged with itself."""
+    plain = entry("bn", 0, 10.0) | {"weights": "d1"}
+    kinds = [{}, {"adapt": 32, "adapt_source": 16}, {"adapt": 8, "adapt_source": 16}, {"gamma": 0}]
+    found = tables.grouped([{"checkpoints": [plain | kind for kind in kinds]}])
+    assert [len(entries) for _, entries in found] == [1, 1, 1, 1]
