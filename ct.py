@@ -135,7 +135,8 @@ def make_task(dataset, args):
     batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
     held_out = dataset.val or dataset.test
     few = held_out.take(slice(0, 500))
-    probe = [corruptions.corrupt(few.x, name, 3, scale=dataset.scale) for name in corruptions.EXTRA]
+    settings = {"severity": 3, "seed": 0, "scale": dataset.scale}
+    probe = [corruptions.corrupt(few.x, name, **settings) for name in corruptions.EXTRA]
     return Task(batches, held_out, data.Images(torch.cat(probe), few.y.repeat(len(probe))))
 
 
@@ -230,9 +231,8 @@ def main(args):
 
 def report(networks, dataset, args, rundir, precision):
     """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
-    errors = {}
-    for metric, images in {"error": dataset.test, **dataset.shortcut_tests}.items():
-        errors[metric] = run.errors_of(networks, images, precision)
+    tests = {"error": dataset.test, **dataset.shortcut_tests}
+    errors = {name: run.errors_of(networks, images, precision) for name, images in tests.items()}
     if args.corrupted_images:
         few = dataset.test.take(slice(0, args.corrupted_images))
         errors["corrupted"] = corruptions.corruption_errors(

@@ -270,7 +270,7 @@ def time_augmentation(args, device, batch_size=128):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step(name=None):
-        images = corruptions.corrupt(x, name, 3) if name else x
+        images = corruptions.corrupt(x, name, 3, seed=0) if name else x
         optimizer.zero_grad()
         F.cross_entropy(model(run.to_float(images)), y).backward()
         optimizer.step()

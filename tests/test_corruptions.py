@@ -142,7 +142,7 @@ def test_equals_the_released_images(shared):
         names = released["corruptions"].tolist()
         for name in DETERMINISTIC:
             for severity in corruptions.SEVERITIES:
-                ours = to_numpy(corruptions.corrupt(x, name, severity))[0]
+                ours = to_numpy(corruptions.corrupt(x, name, severity, seed=0))[0]
                 theirs = released["images"][names.index(name), severity - 1]
                 difference = np.abs(ours.astype(int) - theirs)
                 assert difference.max() <= 1, (name, severity)
@@ -231,6 +231,18 @@ def test_a_generator_draws_the_seed(images):
     assert torch.equal(a, noisy(0)[0]) and not torch.equal(a, b) and not torch.equal(a, noisy(1)[0])
 
 
+def test_without_an_index_every_call_makes_other_noise(images):
+    """As an augmentation needs it; torch.manual_seed repeats it, and an index or a seed does."""
+    torch.manual_seed(0)
+    first, second = (corruptions.corrupt(images, "gaussian_noise", 3) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(corruptions.corrupt(images, "gaussian_noise", 3), first)
+    index = torch.arange(len(images))
+    by_index = corruptions.corrupt(images, "gaussian_noise", 3, index=index)
+    assert torch.equal(by_index, corruptions.corrupt(images, "gaussian_noise", 3, seed=0))
+
+
 def test_draws_have_not_changed():
     """Published numbers hold for these draws: another stream is another corrupted set."""
     index = torch.tensor([0, 1, 9999])
@@ -296,7 +308,7 @@ def test_fed_counts_and_own_draws_agree_on_shot_noise(images):
     """The alias tables and the plain formula are two ways to one distribution: same means."""
     c = noise.SHOT_NOISE[32][4]
     x = images[:1].expand(400, -1, -1, -1).contiguous()
-    own = corruptions.corrupt(x, "shot_noise", 5).double().mean(0)
+    own = corruptions.corrupt(x, "shot_noise", 5, seed=0).double().mean(0)
     counts = torch.poisson(x / 255 * c).long()
     fed = corruptions.apply(x, "shot_noise", 5, [counts]).double().mean(0)
     spread = 255 * math.sqrt(2 / c / 400)
@@ -308,7 +320,7 @@ def test_fed_counts_and_own_draws_agree_on_shot_noise(images):
 def test_black_and_white_images(name, level):
     x = torch.full((2, 3, 32, 32), level, dtype=torch.uint8)
     for severity in (1, 3, 5):
-        y = corruptions.corrupt(x, name, severity)
+        y = corruptions.corrupt(x, name, severity, seed=0)
         assert y.shape == x.shape
         if level == 0 and name in ("shot_noise", "speckle_noise", "contrast", "fog", "pixelate"):
             assert y.max() == 0
@@ -321,7 +333,9 @@ def test_severity_grows(images):
     first removes colour, elastic_transform first shifts, and pixels of 8 fit these images."""
     x = images.double()
     for name in set(EVERY) - {"saturate", "elastic_transform", "pixelate"}:
-        change = [(corruptions.corrupt(images, name, s).double() - x).abs().mean() for s in (1, 5)]
+        change = [
+            (corruptions.corrupt(images, name, s, seed=0).double() - x).abs().mean() for s in (1, 5)
+        ]
         assert change[1] > change[0] > 0, name
 
 
@@ -341,9 +355,9 @@ def test_chunks_bound_the_memory(images, monkeypatch):
 def test_gpu_equals_cpu(images, name):
     for severity in (1, 5):
         for x in (images, images.repeat_interleave(7, 2).repeat_interleave(7, 3)[:2]):
-            y = corruptions.corrupt(x.cuda(), name, severity)
+            y = corruptions.corrupt(x.cuda(), name, severity, seed=0)
             assert y.is_cuda
-            difference = (y.cpu().int() - corruptions.corrupt(x, name, severity)).abs()
+            difference = (y.cpu().int() - corruptions.corrupt(x, name, severity, seed=0)).abs()
             loose = name in ("zoom_blur", "elastic_transform", "spatter")
             assert difference.max() <= int(loose)
             assert (difference > 0).double().mean() <= (2e-4 if loose else 0)
@@ -355,18 +369,18 @@ def test_gpu_equals_cpu(images, name):
 def test_frost_says_where_its_textures_come_from(images, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert corruptions.frost_textures(data_dir=tmp_path) == (None, "procedural")
-    procedural = corruptions.corrupt(images, "frost", 3, data_dir=tmp_path)
+    procedural = corruptions.corrupt(images, "frost", 3, seed=0, data_dir=tmp_path)
     folder = tmp_path / "frost"
     folder.mkdir()
     write_textures(folder)
     assert corruptions.frost_textures(data_dir=tmp_path) == (folder, "official")
-    found = corruptions.corrupt(images, "frost", 3, data_dir=tmp_path)
-    given = corruptions.corrupt(images, "frost", 3, frost_dir=folder)
+    found = corruptions.corrupt(images, "frost", 3, seed=0, data_dir=tmp_path)
+    given = corruptions.corrupt(images, "frost", 3, seed=0, frost_dir=folder)
     assert torch.equal(found, given) and not torch.equal(found, procedural)
     (folder / "frost4.jpg").unlink()
     assert corruptions.frost_textures(data_dir=tmp_path) == (None, "procedural")
     with pytest.raises(run.UserError, match=r"no frost4\.jpg"):
-        corruptions.corrupt(images, "frost", 3, frost_dir=folder)
+        corruptions.corrupt(images, "frost", 3, seed=0, frost_dir=folder)
 
 
 def test_frost_finds_imagecorruptions_without_importing_it(tmp_path, monkeypatch):
@@ -394,7 +408,7 @@ def test_other_sizes_take_a_scale(images, name):
     x = images[:2, :, :30, :30].repeat_interleave(3, 2).repeat_interleave(3, 3)  # 90 pixels
     assert corruptions.corrupt(x, name, 3, scale=64).shape == x.shape
     with pytest.raises(run.UserError, match="scale=32, 64 or 224"):
-        corruptions.corrupt(x, name, 3)
+        corruptions.corrupt(x, name, 3, seed=0)
 
 
 def test_frost_needs_textures_larger_than_the_image(images):

@@ -134,7 +134,7 @@ def corrupt(
     x,
     name,
     severity,
-    seed=0,
+    seed=None,
     index=None,
     generator=None,
     frost_dir=None,
@@ -148,7 +148,8 @@ def corrupt(
         `scale`, since the constants are no function of the size.
     name, severity: one of NAMES or EXTRA, 1 to 5.
     seed, index: image i is a pure function of (seed, name, severity, index[i], x[i]); index is
-        int64 (N,), by default 0..N-1. A `generator` (torch.Generator) draws the seed instead.
+        int64 (N,), by default 0..N-1. seed is by default 0 where an index is given. Without any of
+        them torch's generator, or `generator`, draws the seed: every call makes other noise.
     frost_dir, data_dir: see `frost_textures`.
     chunk: images at a time; bounds the memory in use, changes nothing else.
 
@@ -157,6 +158,10 @@ def corrupt(
     _check(x)
     size, device = x.shape[-1], x.device
     _constants(name, severity, size, scale)
+    if generator is not None:
+        seed = torch.randint(1 << 62, (), generator=generator, device=generator.device).item()
+    elif seed is None:
+        seed = 0 if index is not None else torch.randint(1 << 62, ()).item()
     if index is None:
         index = torch.arange(len(x), device=device)
     if index.dtype != torch.int64 or index.shape != x.shape[:1]:
@@ -164,8 +169,6 @@ def corrupt(
             f"index: one int64 number for each of the {len(x)} images, "
             f"got {index.dtype} {tuple(index.shape)}"
         )
-    if generator is not None:
-        seed = torch.randint(1 << 62, (), generator=generator, device=generator.device).item()
     if chunk is not None and chunk < 1:
         raise run.UserError(f"chunk={chunk}: at least one image at a time")
     if chunk is None:
