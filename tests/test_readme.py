@@ -145,6 +145,18 @@ def test_numbers_of_the_shortcut_are_those_of_the_files():
         assert f"| {' | '.join(cells)} |" in text("eval/results/README.md")
 
 
+def test_numbers_of_the_question_are_those_of_the_file():
+    content = json.loads((RESULTS / "headline_question_small.json").read_text())
+    columns = ("clean error %", "15 corruptions, error %", "adapted, error %")
+    found = {row["row"]: row["seeds"].values() for row in content["rows"]}
+    for name in ("BatchNorm", "none", "GroupNorm"):
+        (cells,) = rows_of("README.md", name)
+        for cell, column in zip(cells[1:], (*columns, "Linf 1/255, accuracy %"), strict=True):
+            values = [own[column] for own in found[name] if column in own]
+            if cell not in ("nothing to adapt", "not measured"):
+                assert cell == f"{st.mean(values):.1f}", (name, column)
+
+
 def test_the_first_page_is_short():
     assert len(text("README.md").encode()) <= 9 * 1024
 
