@@ -252,8 +252,11 @@ def execute(jobs, args):
                 del running[key]
                 if status == TOLD_TO_STOP or status < 0:
                     raise Stopped(f"{key} was stopped")
+                reason = reason_of(job, status)
+                if status and "another process" in reason:  # it is at work on the same, unfailed
+                    raise Stopped(f"{key}: {reason}")
                 if status or not finished(job):
-                    fail(job, reason_of(job, status), failed)
+                    fail(job, reason, failed)
             time.sleep(POLL)
     finally:
         for _, process in running.values():

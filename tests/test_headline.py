@@ -162,6 +162,21 @@ def test_a_failed_training_is_a_row_that_says_so(fake, tmp_path, capsys):
     assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
 
 
+def test_a_training_of_another_process_has_not_failed(fake, monkeypatch):
+    """Two commands on one folder: the second stops, and marks nothing as failed."""
+    rows = (Row("good", "g", "net"), Row("busy", "a", "net"))
+    runs = {"g": "--value 1", "a": "--fail 1 --value 5"}
+    line = fake(runs, rows)
+    reason = "a-s1: another process is training in it; wait for it"
+    monkeypatch.setattr(headline, "reason_of", lambda job, status: reason)
+    with pytest.raises(run.UserError, match="another process"):
+        headline.main(headline.parse_args(line))
+    monkeypatch.undo()
+    runs["a"] = "--value 5"
+    content = headline.main(headline.parse_args(fake(runs, rows)))
+    assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
+
+
 def test_nothing_but_failures_still_makes_a_table(fake):
     content = headline.main(headline.parse_args(fake({"a": "--fail all"}, (Row("a", "a", "net"),))))
     assert content["rows"][0]["seeds"] == {} and set(content["rows"][0]["failed"]) == {"0", "1"}
