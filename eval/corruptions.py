@@ -55,15 +55,7 @@ def parse_args(argv=None):
         "--seed", type=run.nonnegative(int), default=0,
         help="of generated corruptions and of the images for --adapt",
     )  # fmt: skip
-    parser.add_argument("--frost-dir", metavar="DIR", help="the official frost textures")
-    parser.add_argument(
-        "--corruptions", type=corruptions.listed_names, default=corruptions.EVERY, metavar="A,B",
-        help="names of corruptions (default: all 19)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--severities", type=corruptions.listed_severities, default=[1, 2, 3, 4, 5], metavar="1,3",
-        help="numbers from 1 to 5",
-    )  # fmt: skip
+    corruptions.add_arguments(parser, "numbers from 1 to 5")
     parser.add_argument(
         "--adapt", type=image_counts, default=[], metavar="N,N",
         help="images of each corruption and severity for new statistics of BatchNorm, or all "

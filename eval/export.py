@@ -34,15 +34,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--seed", type=run.nonnegative(int), default=0, help="of the random numbers"
     )
-    parser.add_argument("--frost-dir", metavar="DIR", help="the official frost textures")
-    parser.add_argument(
-        "--corruptions", type=corruptions.listed_names, default=corruptions.EVERY, metavar="A,B",
-        help="names of corruptions (default: all 19)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--severities", type=corruptions.listed_severities, default=[1, 2, 3, 4, 5], metavar="1,3",
-        help="of a tree; arrays always hold all five",
-    )  # fmt: skip
+    corruptions.add_arguments(parser, "of a tree; arrays always hold all five")
     parser.add_argument(
         "--limit", type=run.nonnegative(int), default=0, metavar="N",
         help="N test images, the same number of each class; 0 is all",

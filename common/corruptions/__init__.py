@@ -27,12 +27,14 @@ from common.corruptions.names import (
     NAMES,
     SEVERITIES,
     SIZES,
+    add_arguments,
     listed_names,
     listed_severities,
 )
 from common.corruptions.weather import FROST_FILES, frost_textures
 
 __all__ = [
-    "CHUNK", "EVERY", "EXTRA", "FROST_FILES", "NAMES", "SEVERITIES", "SIZES", "apply", "corrupt",
+    "CHUNK", "EVERY", "EXTRA", "FROST_FILES", "NAMES", "SEVERITIES", "SIZES", "add_arguments",
+    "apply", "corrupt",
     "corruption_errors", "describe", "draw", "frost_textures", "listed_names", "listed_severities",
 ]  # fmt: skip

@@ -33,3 +33,16 @@ def listed_severities(text):
     if not set(chosen) <= set("12345"):
         raise UserError(f"--severities {text}: severities are 1 to 5, as 1,3,5")
     return sorted({int(severity) for severity in chosen})
+
+
+def add_arguments(parser, severities):
+    """Add --frost-dir, --corruptions and --severities; severities: the help of the last."""
+    parser.add_argument("--frost-dir", metavar="DIR", help="the official frost textures")
+    parser.add_argument(
+        "--corruptions", type=listed_names, default=EVERY, metavar="A,B",
+        help="names of corruptions (default: all 19)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--severities", type=listed_severities, default=[1, 2, 3, 4, 5], metavar="1,3",
+        help=severities,
+    )  # fmt: skip
