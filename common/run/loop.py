@@ -181,12 +181,7 @@ class Loop:
     def _text(self):
         length = f"{self.total / self.per_epoch:.1f}".removesuffix(".0")
         text = f"epoch {self.done / self.per_epoch:.1f}/{length}"
-        units = {
-            "loss": "loss {:.3f}",
-            "accuracy": "train {:.1f} %",
-            "images_per_s": "{:.0f} img/s",
-        }
-        parts = [units[k].format(v) for k, v in self.means.items() if k in units]
+        parts = [SHOWN[k].format(v) for k, v in self.means.items() if k in SHOWN]
         return "  ".join([text, *parts])
 
     def _after(self):
