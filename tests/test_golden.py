@@ -1,9 +1,9 @@
 """Trainings give the bits that they gave before the scripts were written on run.Loop.
 
 tests/golden/refactor.json was written by commit 0c909dd, in which nofrost.py and bn_ablation.py
-still had their own loops: `python tests/test_golden.py --write 0C909DD A58BB73`, two checkouts. It
-holds the SHA-256 of the final weights of every checkpoint, and the rows of log.jsonl. CPU, fp32,
-one thread. The run of two processes is of commit a58bb73: see "exceptions" there.
+still had their own loops: `python tests/test_golden.py --write 0C909DD A58BB73 BFFB419`, three
+checkouts. It holds the SHA-256 of the final weights of every checkpoint, and the rows of log.jsonl. CPU, fp32,
+one thread. The runs of two processes are of later commits: see "exceptions" there.
 """
 
 import hashlib
@@ -58,7 +58,13 @@ COMMANDS = {
     "bn-none": f"bn_ablation {BN} --norms none --measure-every 0 --no-random --augment",
     "bn-noisy": f"bn_ablation {BN} --norms noisy-bn --measure-every 3 --random --no-augment",
 }
-TWO = f"ct {CT} --arch resnet8 --norm gn --lam 0 --epochs 2 --augment"  # two processes, gloo
+TWO = {  # two processes, gloo
+    "two": f"ct {CT} --arch resnet8 --norm gn --lam 0 --epochs 2 --augment",
+    "two-bn": f"ct {CT} --arch resnet8 --norm bn --lam 1 --distance cosine --match features "
+    "--student-init fresh --epochs 2 --teacher-epochs 1 --augment",
+    "two-fixup": f"fixup_penalty {FIXUP} --norm fixup --init fixup --penalty embedding --dropout 0 "
+    "--mixup 1 --scalar-lr 0.1 --epochs 2 --augment",
+}
 FAST = ("ct", "fixup", "nofrost", "bn")
 EXCEPTIONS = {
     "limit": "80 divides evenly among the 10 classes: of another --limit, 64 say, 1616e5b draws "
@@ -68,6 +74,7 @@ EXCEPTIONS = {
     "two": "written by a58bb73: in 0c909dd ct.py and fixup_penalty.py no longer took their rows of "
     "a batch, so every process trained on all of it, with the bits of one process (2160f8ab for "
     "--norm none); 4a287c8 gave each its own rows again. Norm gn, whose start 0c909dd left alone.",
+    "two-bn, two-fixup": "written by bffb419: they hold from there on what two processes train.",
 }
 SIZES = {"train": 200, "test": 60}
 WORDS = ("loss", "error", "distance", "penalty", "test")
@@ -85,13 +92,13 @@ def train(command, out, *more):
     module.main(module.parse_args([*argv, "--out", str(out), *more]))
 
 
-def train_twice(root, out):
-    """Run TWO in two processes."""
-    script, *argv = TWO.split()
+def train_twice(command, root, out):
+    """Run a command in two processes, with the scripts in `root`."""
+    script, *argv = command.split()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, f"{script}.py", *argv, "--out", str(out)]
+    words = [*launch, f"{script}.py", *argv, "--out", str(out)]
     done = subprocess.run(
-        command, cwd=root, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        words, cwd=root, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -189,13 +196,14 @@ def test_bits_after_a_kill_in_the_middle(name, golden, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bits_of_two_processes(golden, tmp_path):
-    train_twice(ROOT, tmp_path / "run")
-    check(fingerprint(tmp_path / "run"), golden["two"])
+@pytest.mark.parametrize("name", TWO)
+def test_bits_of_two_processes(name, golden, tmp_path):
+    train_twice(TWO[name], ROOT, tmp_path / "run")
+    check(fingerprint(tmp_path / "run"), golden[name])
 
 
-def write(root, root_of_two):
-    """The fingerprints of the commands under the code in `root`; TWO in its own."""
+def write(root, root_of_two, root_of_more):
+    """The fingerprints of the commands under the code in `root`; those of TWO in their own."""
     sys.path.insert(0, str(root))
     torch.set_num_threads(1)
     found = {}
@@ -203,15 +211,16 @@ def write(root, root_of_two):
         with tempfile.TemporaryDirectory() as folder:
             train(command, Path(folder) / "run")
             found[name] = fingerprint(Path(folder) / "run")
-    with tempfile.TemporaryDirectory() as folder:
-        train_twice(root_of_two, Path(folder) / "run")
-        found["two"] = fingerprint(Path(folder) / "run")
+    for name, command in TWO.items():
+        with tempfile.TemporaryDirectory() as folder:
+            train_twice(command, root_of_two if name == "two" else root_of_more, f"{folder}/run")
+            found[name] = fingerprint(Path(folder) / "run")
     content = {"torch": torch.__version__, "commit": "0c909dd", "exceptions": EXCEPTIONS}
     return json.dumps(content | {"commands": found}, indent=1) + "\n"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--write"] or len(sys.argv) != 4:
-        sys.exit("usage: python tests/test_golden.py --write CHECKOUT_0C909DD CHECKOUT_A58BB73")
+    if sys.argv[1:2] != ["--write"] or len(sys.argv) != 5:
+        sys.exit("usage: python tests/test_golden.py --write AT_0C909DD AT_A58BB73 AT_BFFB419")
     sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     GOLDEN.write_text(write(*(Path(p).resolve() for p in sys.argv[2:])))
