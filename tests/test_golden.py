@@ -1,9 +1,9 @@
 """Trainings give the bits that they gave before the scripts were written on run.Loop.
 
 tests/golden/refactor.json was written by commit 0c909dd, in which nofrost.py and bn_ablation.py
-still had their own loops: `python tests/test_golden.py --write 0C909DD A58BB73 BFFB419`, three
-checkouts. It holds the SHA-256 of the final weights of every checkpoint, and the rows of log.jsonl. CPU, fp32,
-one thread. The runs of two processes are of later commits: see "exceptions" there.
+still had their own loops. It holds the SHA-256 of the final weights of every checkpoint, and the
+rows of log.jsonl: CPU, fp32, one thread. The runs of two processes are of later commits, see
+"exceptions" there. `python tests/test_golden.py --write 0C909DD A58BB73 BFFB419`: three checkouts.
 """
 
 import hashlib
