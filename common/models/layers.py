@@ -44,14 +44,24 @@ class Normalize(nn.Module):
 
 
 class Net(nn.Module):
-    """Base of all networks: subclasses define `normalize`, `fc` and `features`."""
+    """Base of all networks: subclasses define `normalize`, `fc`, `maps`, and `embed` where another
+    layer stands between the last map and the pooling."""
 
     spec = None  # arch, norm, num_classes, image_size; set by `build`
     gain = 2**0.5  # of ReLU, for `init_without_norm`
 
+    def maps(self, x):
+        """Images in [0,1] (N,3,H,W) to a list of feature maps (N,C,H',W'): what each stage ends
+        with, the highest resolution first."""
+        raise NotImplementedError
+
+    def embed(self, last):
+        """The last of the maps to the pooled penultimate embedding (N,D), fp32."""
+        return pool(last)
+
     def features(self, x):
         """Images in [0,1] (N,3,H,W) to the pooled penultimate embedding (N,D), fp32."""
-        raise NotImplementedError
+        return self.embed(self.maps(x)[-1])
 
     def head(self, h):
         """Embedding (N,D) to logits (N,K), in fp32 under autocast too: rounding logits to bf16
@@ -59,11 +69,30 @@ class Net(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return self.fc(h.float())
 
-    def forward(self, x, with_features=False, dropout=0.0):
-        """Logits, or (logits, h). dropout: rate in training, on what the head sees of h."""
-        h = self.features(x)
+    def forward(self, x, with_features=False, with_stages=False, dropout=0.0):
+        """Logits (N,K); with_features adds the embedding h, with_stages the list of `maps`, in
+        this order. dropout: rate in training, on what the head sees of h."""
+        maps = self.maps(x) if with_stages else None
+        h = self.embed(maps[-1]) if with_stages else self.features(x)
         logits = self.head(F.dropout(h, dropout, self.training))
-        return (logits, h) if with_features else logits
+        return answer(logits, h if with_features else None, maps)
+
+
+def answer(logits, h, maps):
+    """What a network returns: the logits alone, or a tuple with those of the others that are."""
+    others = [part for part in (h, maps) if part is not None]
+    return (logits, *others) if others else logits
+
+
+def maps_between(layers, kind, x):
+    """Run x (N,C,H,W) through a list of layers. Returns the list of what each layer of the class
+    `kind` is given, and of what comes out at the end."""
+    maps = []
+    for layer in layers:
+        if isinstance(layer, kind):
+            maps.append(x)
+        x = layer(x)
+    return [*maps, x]
 
 
 def pool(x):

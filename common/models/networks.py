@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.models.layers import Net, Normalize, PadShortcut, conv_shortcut, drop_path, pool
+from common.models.layers import (
+    Net,
+    Normalize,
+    PadShortcut,
+    conv_shortcut,
+    drop_path,
+    maps_between,
+    pool,
+)
 from common.run import UserError
 
 
@@ -83,11 +91,13 @@ class ResNet(Net):
             setattr(self, f"layer{i}", nn.Sequential(*blocks))
         self.fc = nn.Linear(width, num_classes)
 
-    def features(self, x):
+    def maps(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(self.normalize(x)))))
+        maps = []
         for stage in self.stages:
             x = getattr(self, stage)(x)
-        return pool(x)
+            maps.append(x)
+        return maps
 
 
 class WideBlock(nn.Module):
@@ -126,9 +136,13 @@ class WideResNet(Net):
         self.bn1 = layers.norm(width)
         self.fc = nn.Linear(width, num_classes)
 
-    def features(self, x):
-        x = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
-        return pool(F.relu(self.bn1(x)))
+    def maps(self, x):
+        first = self.block1(self.conv1(self.normalize(x)))
+        second = self.block2(first)
+        return [first, second, self.block3(second)]
+
+    def embed(self, last):
+        return pool(F.relu(self.bn1(last)))
 
 
 class AllConv(Net):
@@ -155,8 +169,8 @@ class AllConv(Net):
         self.body = nn.Sequential(*body)
         self.fc = nn.Linear(192, num_classes)
 
-    def features(self, x):
-        return pool(self.body(self.normalize(x)))
+    def maps(self, x):
+        return maps_between(self.body, nn.MaxPool2d, self.normalize(x))
 
 
 class SigmoidGELU(nn.Module):
@@ -205,8 +219,11 @@ class DenseNet(Net):
         self.bn1 = layers.norm(width)
         self.fc = nn.Linear(width, num_classes)
 
-    def features(self, x):
-        return pool(F.relu(self.bn1(self.body(self.conv1(self.normalize(x))))))
+    def maps(self, x):
+        return maps_between(self.body, Transition, self.conv1(self.normalize(x)))
+
+    def embed(self, last):
+        return pool(F.relu(self.bn1(last)))
 
 
 class ResNeXt(Net):
@@ -227,8 +244,14 @@ class ResNeXt(Net):
         self.body = nn.Sequential(*body)
         self.fc = nn.Linear(width, num_classes)
 
-    def features(self, x):
-        return pool(self.body(F.relu(self.bn1(self.conv1(self.normalize(x))))))
+    def maps(self, x):
+        x = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        maps = []
+        for number, block in enumerate(self.body, 1):
+            x = block(x)
+            if 3 * number % len(self.body) == 0:
+                maps.append(x)
+        return maps
 
 
 class VGG(Net):
@@ -249,8 +272,13 @@ class VGG(Net):
         self.body = nn.Sequential(*body)
         self.fc = nn.Linear(c_in, num_classes)
 
-    def features(self, x):
-        return pool(self.body(self.normalize(x)))
+    def maps(self, x):
+        """What each stage gives to its max-pool; that of the last belongs to the embedding."""
+        *layers, _ = self.body
+        return maps_between(layers, nn.MaxPool2d, self.normalize(x))
+
+    def embed(self, last):
+        return pool(self.body[-1](last))
 
 
 class DeepLinear(Net):
@@ -265,6 +293,9 @@ class DeepLinear(Net):
             body += [nn.Linear(width, width, bias=False), norm(width)]
         self.body = nn.Sequential(*body)
         self.fc = nn.Linear(width, width, bias=False)
+
+    def maps(self, x):
+        raise UserError("the deep linear network has vectors and no feature maps")
 
     def features(self, x):
         if x.dim() != 2:

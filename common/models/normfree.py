@@ -215,5 +215,13 @@ class NormFreeNet(Net):
         nn.init.normal_(self.fc.weight, std=start[1])
         nn.init.zeros_(self.fc.bias)
 
-    def features(self, x):
-        return pool(F.relu(self.stages(self.stem(self.normalize(x)))))
+    def maps(self, x):
+        x = self.stem(self.normalize(x))
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def embed(self, last):
+        return pool(F.relu(last))

@@ -5,6 +5,7 @@ The code of the file runs because the user named it. A checkpoint never makes co
 
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import run
-from common.models.layers import Normalize
+from common.models.layers import Normalize, answer
 from common.run import UserError
 
 
@@ -106,6 +107,27 @@ def call(arch, **options):
     return model
 
 
+def stage_modules(net):
+    """The modules of a user's or torchvision's network whose outputs may be the last feature map of
+    a resolution: those named in its attribute `stages`, else layer1 to layer4, else the children of
+    its trunk but for the pooling.
+
+    Raises UserError where `stages` names a module that is not there."""
+    names = getattr(net, "stages", None)
+    if isinstance(names, (list, tuple)):
+        modules = dict(net.named_modules())
+        for name in names:
+            if name not in modules:
+                raise UserError(f"stages names {name}, which is no module of the network")
+        return [modules[name] for name in names]
+    layers = [m for name, m in net.named_children() if re.fullmatch(r"layer\d", name)]
+    if layers:
+        return layers
+    trunks = (getattr(net, name, None) for name in ("features", "trunk_output"))
+    trunk = next((t for t in trunks if isinstance(t, nn.Module)), net)
+    return [m for m in trunk.children() if "Pool" not in type(m).__name__]
+
+
 class Own(nn.Module):
     """A user's network of images in [0,1], with what every network here has.
 
@@ -125,22 +147,37 @@ class Own(nn.Module):
             raise UserError(f"{self.arch} has no linear layer, so no embedding: it cannot be used")
         return linear[-1]
 
-    def forward(self, x, with_features=False, dropout=0.0):
-        """Logits (N,K), or (logits, h). dropout: rate in training, on what the head sees of h."""
-        if not with_features and not dropout:
+    def forward(self, x, with_features=False, with_stages=False, dropout=0.0):
+        """Logits (N,K); with_features adds the embedding h, with_stages the list of feature maps
+        (see `stage_modules`). dropout: rate in training, on what the head sees of h."""
+        if not with_features and not with_stages and not dropout:
             return run.logits_of(self.net(self.normalize(x)))
-        seen = []
+        seen, maps, handles = [], {}, []
 
         def look(layer, inputs):
             seen.append(inputs[0])
             return (F.dropout(inputs[0], dropout, self.training), *inputs[1:])
 
-        handle = self.last_linear().register_forward_pre_hook(look)
+        def keep(layer, inputs, output):
+            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+                maps[output.shape[-2:]] = output  # the last one of each resolution stays
+
+        if with_features or dropout:
+            handles.append(self.last_linear().register_forward_pre_hook(look))
+        for layer in stage_modules(self.net) if with_stages else ():
+            handles.append(layer.register_forward_hook(keep))
         try:
             logits = run.logits_of(self.net(self.normalize(x)))
         finally:
-            handle.remove()
-        return (logits, seen[-1].flatten(1).float()) if with_features else logits
+            for handle in handles:
+                handle.remove()
+        if with_stages and not maps:
+            raise UserError(
+                f"{self.arch} has no feature maps (N,C,H,W) that are known: give it an attribute "
+                "stages, the names of the modules that return them"
+            )
+        h = seen[-1].flatten(1).float() if with_features else None
+        return answer(logits, h, list(maps.values()) if with_stages else None)
 
     def features(self, x):
         """Images in [0,1] (N,3,H,W) to the embedding (N,D), fp32."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common import run
-from common.models.layers import Normalize
+from common.models.own import Own
 from common.models.zoo import CIFAR_RESNETS, IMAGENET_RESNETS, build, from_checkpoint
 from common.run import UserError
 
@@ -183,7 +183,7 @@ def from_torchvision(name):
         raise UserError(f"torchvision:{name}: no {file}; put {weights.url} there")
     net = theirs.get_model(name)
     net.load_state_dict(run.load_checkpoint(file, foreign=True))
-    model = nn.Sequential(Normalize(form.mean, form.std), net).eval()
+    model = Own(net, name, form.mean, form.std).eval()
     model.spec = {"arch": name, "norm": "bn", "num_classes": 1000, "image_size": 224}
     return model
 
