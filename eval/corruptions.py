@@ -320,7 +320,9 @@ class Arrays:
                     f"{model.spec['num_classes']}"
                 )
         self.folder = None if args.generate else data.corrupted_dir(name, args.data_dir)
-        self.labels = data.corrupted_labels(self.folder) if self.folder else dataset.test.y
+        self.labels = dataset.test.y
+        if self.folder:
+            self.labels = data.corrupted_labels(self.folder, len(dataset.classes))
         self.rows = torch.arange(len(self.labels))
         if args.limit:
             self.rows = data.stratified_split(self.labels, args.limit, 0, "--limit")[1]
@@ -338,6 +340,12 @@ class Arrays:
                 data.read_corrupted(folder, name, args.severities[-1], self.rows[:1])
         texture = corruptions.frost_textures(args.frost_dir, args.data_dir)[1]
         self.manifest = data.read_manifest(folder) if folder else None
+        count, clean = len(self.labels), len(self.dataset.test.y)
+        if count > clean or (count < clean and not self.manifest):
+            raise run.UserError(
+                f"{folder}: of {count} test images, where {args.data_dir} has {clean}; complete "
+                "the data set, or use --generate"
+            )
         if self.manifest:  # not the release, whatever the name of the folder
             source = f"exported by this project (seed {self.manifest['seed']}) in {folder}"
             texture = self.manifest["frost"]

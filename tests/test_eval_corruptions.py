@@ -127,8 +127,16 @@ def test_released_arrays_are_read(folder, capsys):
         (lambda p: np.save(p / "fog.npy", np.zeros((99, 32, 32, 3), np.uint8)), "expected"),
         (lambda p: np.save(p / "labels.npy", np.arange(100)), "five equal blocks"),
         (lambda p: np.save(p / "fog.npy", np.array([None])), "truncated or not a .npy array"),
+        (lambda p: np.save(p / "labels.npy", np.full(100, -1)), "labels are -1 to -1, where 10"),
+        (lambda p: np.save(p / "labels.npy", np.full(100, 255, np.uint8)), "labels are 255 to"),
+        (lambda p: np.save(p / "labels.npy", np.full(100, 2**63, np.uint64)), "labels are -9"),
+        (
+            lambda p: [np.save(p / "labels.npy", np.zeros(50, int)),
+                       np.save(p / "fog.npy", np.zeros((50, 32, 32, 3), np.uint8))],
+            "of 10 test images, where .* has 20",
+        ),
     ],
-)
+)  # fmt: skip
 def test_damaged_release(folder, damage, text):
     checkpoint(folder / "r" / "last.pt")
     damage(release(folder, ["fog"]))

@@ -1,8 +1,9 @@
 """Odd inputs, drawn from a seed: each script ends with status 0, or with 2 and one line.
 
-A case draws a script and one oddity: a damaged or strange checkpoint, arrays that break the
-contract, a tree of odd pictures, values of an option, or an environment. Nothing else may happen:
-no traceback, no signal, no second line of error, no file half written. Case k is drawn from the
+A case draws a script and one oddity: a damaged or strange checkpoint, a damaged run to resume,
+arrays or corrupted arrays that break the contract, a tree of odd pictures, values of an option, or
+an environment. Nothing else may happen: no traceback, no signal, no second line of error, no file
+half written. Case k is drawn from the
 seed k, so a fault comes again by `pytest "tests/test_odd_inputs.py::test_odd_input[7]"`.
 """
 
@@ -26,7 +27,7 @@ from PIL import Image
 from common import data, models, run
 from common.run import UserError
 
-PATIENCE = 120  # seconds after which a case counts as hanging
+PATIENCE = 300  # seconds after which a case counts as hanging
 SIDE = 32
 DATA = "--data-dir data --device cpu --seed 1"
 TRAINERS = {
@@ -39,6 +40,10 @@ TRAINERS = {
     "bn_ablation.py": "--dataset cifar10 --arch vgg11-4 --norms bn --lrs 0.05 --steps 2 "
     "--batch-size 10 --measure-every 0 --eval-every 2 --log-every 2 --no-random --out run",
 }
+LONGER = {  # a run of TRAINERS goes on for so long
+    "ct.py": "--epochs 2", "nofrost.py": "--epochs 2", "fixup_penalty.py": "--epochs 2",
+    "bn_ablation.py": "--steps 4",
+}  # fmt: skip
 EVALUATIONS = {
     "eval/adversarial.py": "net.pt --attacks fgsm --limit 10 --json out.json",
     "eval/corruptions.py": "net.pt --corruptions contrast --severities 1 --limit 10 "
@@ -95,8 +100,9 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder with whole inputs: data/cifar10.npz, net.pt, results.json."""
+def whole(tmp_path_factory, scripts):
+    """A folder with whole inputs: data/cifar10.npz, data/CIFAR-10-C, net.pt, results.json, and a
+    run of each trainer, as runs/ct."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "data").mkdir()
     np.savez(folder / "data" / "cifar10.npz", **arrays(np.random.default_rng(0)))
@@ -104,7 +110,25 @@ def whole(tmp_path_factory):
     error = {"contrast": [50.0]}
     result = {"checkpoints": [{"checkpoint": "net.pt", "options": {"seed": 0}, "error": error}]}
     (folder / "results.json").write_text(json.dumps({"dataset": "cifar10", **result}))
+    released(folder / "data" / "CIFAR-10-C")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for script in TRAINERS:
+            out = ["--out", f"runs/{script.removesuffix('.py')}"]
+            status, err = in_process(scripts[script], [*options_of(script), *out])
+            assert status == 0, err
     return folder
+
+
+def released(folder):
+    """Three corruptions of the 20 test images, as CIFAR-10-C has them."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    np.save(folder / "labels.npy", np.tile(np.arange(20) % 10, 5))
+    for name in ("contrast", "fog", "spatter"):
+        np.save(
+            folder / f"{name}.npy", rng.integers(256, size=(100, SIDE, SIDE, 3), dtype=np.uint8)
+        )
 
 
 # --- odd inputs: each changes the files of the folder and returns (script, options, environment) --
@@ -205,6 +229,78 @@ def odd_arrays(folder, rng):
         content[x] = content[x].transpose(0, 3, 1, 2)
     np.savez(path, **content)
     return rng.choice([*TRAINERS, *EVALUATIONS, "eval/growth.py"]), [], {}
+
+
+def odd_corrupted(folder, rng):
+    """A file of CIFAR-10-C is damaged, or its array breaks the contract."""
+    place = folder / "data" / "CIFAR-10-C"
+    path = place / rng.choice(["contrast.npy", "labels.npy"])
+    array = np.load(path)
+    kind = rng.randrange(8)
+    if kind == 0:
+        damage(path, rng)
+    elif kind == 1:
+        path.unlink()
+    elif kind == 2:
+        kinds = ["float32", "int64", "bool", "S4", "complex64", "uint16", "int8", "object"]
+        np.save(path, array.astype(rng.choice(kinds)))
+    elif kind == 3:
+        np.save(path, rng.choice([array[:0], array[:20], array[:99], array[..., None], array[0]]))
+    elif kind == 4:
+        sides = rng.choice([(1, 1), (32, 31), (64, 64)])
+        np.save(place / "contrast.npy", np.zeros((100, *sides, rng.choice([1, 3, 4])), np.uint8))
+    elif kind == 5:
+        labels = np.tile(np.arange(20) % 10, 5)
+        labels[rng.randrange(100)] = rng.choice([255, -1, 3, 10, 2**40])
+        np.save(place / "labels.npy", rng.choice([labels, np.tile(labels[:20] + 1, 5)]))
+    elif kind == 6:
+        np.save(place / "labels.npy", np.tile(rng.choice([[0] * 20, [255] * 20, [-1] * 20]), 5))
+    else:
+        content = rng.choice(["{}", "[", "[]", '{"seed": 1, "frost": 2, "sha256": 3}', "\0"])
+        (place / "manifest.json").write_text(content)
+    chosen = rng.choice(["contrast", "all", "contrast,fog", "fog,spatter"])
+    return "eval/corruptions.py", ["--corruptions", chosen], {}
+
+
+def odd_resume(folder, rng):
+    """A run that is resumed is damaged, lacks a file, or is another script's."""
+    script = rng.choice(list(TRAINERS))
+    name = script.removesuffix(".py")
+    place = folder / "runs" / name
+    shutil.copytree(folder / "whole-runs", folder / "runs")
+    checkpoints = sorted(path.name for path in place.glob("*.pt"))
+    kind = rng.randrange(9)
+    if kind < 2:
+        damage(place / rng.choice(checkpoints), rng)
+    elif kind == 2:
+        damage(place / rng.choice(["args.json", "log.jsonl", f"{name}.py"]), rng)
+    elif kind == 3:
+        (place / rng.choice([*checkpoints, "args.json", "log.jsonl", f"{name}.py"])).unlink()
+    elif kind == 4:
+        options = json.loads((place / "args.json").read_text())
+        values = [None, [], {}, "x", "", -1, 0, 1.5, True, [[1]], {"a": 1}, 10**30, "bn", [None]]
+        options[rng.choice(sorted(options))] = rng.choice(values)
+        (place / "args.json").write_text(json.dumps(options))
+    elif kind == 5:
+        (place / "args.json").write_text(rng.choice(["null", "[]", "3", '"x"', "{}", "\ud7ff{"]))
+    elif kind == 6:
+        path = place / rng.choice(checkpoints)
+        content = torch.load(path, weights_only=True)
+        content[rng.choice(sorted(content))] = strange_value(rng)
+        torch.save(content, path)
+    elif kind == 7:
+        place = folder / "runs" / rng.choice([t.removesuffix(".py") for t in TRAINERS])
+    else:
+        path = place / rng.choice([*checkpoints, "args.json", "log.jsonl"])
+        path.unlink()
+        rng.choice([path.mkdir, lambda: path.symlink_to(path), lambda: os.mkfifo(path)])()
+    usual = options_of(script)
+    at = usual.index("--out")
+    usual[at : at + 2] = rng.choice([
+        ["--resume", str(place.relative_to(folder))],
+        ["--resume", "auto", "--out", str(place.relative_to(folder))],
+    ])  # fmt: skip
+    return script, [*usual, *LONGER[script].split()], {}
 
 
 def picture(path, rng):
@@ -377,7 +473,10 @@ def check_files(folder, before):
     assert not made.is_dir() or (made / "args.json").is_file(), "a run directory without options"
 
 
-KINDS = (odd_checkpoint, odd_arrays, odd_pictures, odd_options, odd_options, odd_options)
+KINDS = (
+    odd_checkpoint, odd_resume, odd_arrays, odd_corrupted, odd_pictures, odd_options, odd_options,
+    odd_options,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -386,8 +485,9 @@ KINDS = (odd_checkpoint, odd_arrays, odd_pictures, odd_options, odd_options, odd
 def test_odd_input(case, whole, scripts, tmp_path, monkeypatch):
     rng = random.Random(case)
     folder = tmp_path / "here"
-    shutil.copytree(whole, folder)
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
     shutil.copy(folder / "net.pt", folder / "whole.pt")
+    (folder / "whole-runs").symlink_to(whole / "runs")
     monkeypatch.chdir(folder)
     for variable in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
@@ -395,7 +495,7 @@ def test_odd_input(case, whole, scripts, tmp_path, monkeypatch):
     kind = odd_environment if case % 25 == 24 else rng.choice(KINDS)
     more = (scripts,) if kind is odd_options else ()
     script, options, environment = kind(folder, rng, *more)
-    argv = [*options_of(script), *options]
+    argv = options if kind is odd_resume else [*options_of(script), *options]
     told = f"{kind.__name__}: {environment} {script} {' '.join(map(repr, argv))}"
     print(told)
     before = set(folder.rglob("*"))

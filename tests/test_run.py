@@ -324,6 +324,44 @@ def test_options_that_are_none(tmp_path, text):
         run.rundir.read_options(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", "3"), ("epochs", 0), ("epochs", 2.5), ("seed", None), ("lr", "x"),
+        ("strict", 1), ("strict", None), ("norm", "batch"), ("norm", ["bn"]), ("norms", [1, 2]),
+        ("norms", "bn"), ("data_dir", {}),
+    ],
+)  # fmt: skip
+def test_a_value_of_args_json_that_no_run_writes(tmp_path, name, value):
+    """It is refused as the command line would refuse it, and named."""
+
+    def parse(*words):
+        parser = run.Parser(__file__, "")
+        run.add_arguments(parser)
+        add = parser.add_argument
+        add("--epochs", type=run.positive(int))
+        add("--lr", type=run.positive(float), default=0.1)
+        add("--strict", action="store_true")
+        add("--data-dir", default="data")
+        add("--norm", choices=["bn", "gn"], default="bn")
+        add("--norms", type=run.listed(str))
+        return run.parse(parser, words)
+
+    options = {"epochs": 2, "lr": 1, "strict": False, "norm": "gn", "norms": ["bn"], "seed": 3}
+    (tmp_path / "args.json").write_text(json.dumps(options | {"norms": None}))
+    assert parse("--resume", str(tmp_path)).epochs == 2
+    (tmp_path / "args.json").write_text(json.dumps(options | {name: value}))
+    with pytest.raises(UserError, match=rf"args.json: {name} is .*no run writes"):
+        parse("--resume", str(tmp_path))
+
+
+def test_a_log_that_is_no_file(tmp_path):
+    """To open a pipe would wait for whoever reads it."""
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"log.jsonl: no file"):
+        run.rundir.open_log(tmp_path / "log.jsonl")
+
+
 WINDOWS = """
 import os, signal, sys
 for module, names in {

@@ -236,6 +236,10 @@ def test_cifar101(tmp_path):
         np.save(tmp_path / f"cifar10.1_{version}_labels.npy", np.arange(count) % 10)
         loaded = data.load("cifar10.1", tmp_path)
         assert len(loaded.test) == count and len(loaded.train.y) == 60
+    for bad in (255, -1, 10):
+        np.save(tmp_path / "cifar10.1_v6_labels.npy", np.where(np.arange(2000) == 7, bad, 1))
+        with pytest.raises(UserError, match=r"v6_labels.npy: the labels are .* 10 classes"):
+            data.load("cifar10.1", tmp_path)
     np.save(tmp_path / "cifar10.1_v6_labels.npy", np.arange(5))
     with pytest.raises(UserError, match="labels"):
         data.load("cifar10.1", tmp_path)

@@ -130,7 +130,7 @@ def read_cifar101(data_dir):
             x = read_array(path, "u", (count, 32, 32, 3))
             y = read_array(path.with_name(f"cifar10.1_{version}_labels.npy"), "iu", (count,))
             x = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
-            return Images(x, torch.from_numpy(y.astype(np.int64)))
+            return Images(x, as_labels(y, path.with_name(f"cifar10.1_{version}_labels.npy"), 10))
     raise trees.missing("cifar10.1", data_dir / "cifar10.1_v6_data.npy")
 
 
@@ -154,13 +154,25 @@ def read_manifest(folder):
     return manifest
 
 
-def corrupted_labels(folder):
+def corrupted_labels(folder, classes=100):
     """Labels int64 (N,) of the N test images; labels.npy repeats them for the five severities."""
-    y = read_array(Path(folder) / "labels.npy", "iu", (None,))
+    path = Path(folder) / "labels.npy"
+    y = read_array(path, "iu", (None,))
     blocks = y.reshape(5, -1) if len(y) % 5 == 0 and len(y) else None
     if blocks is None or not (blocks == blocks[0]).all():
-        raise UserError(f"{folder}/labels.npy: not five equal blocks of labels")
-    return torch.from_numpy(blocks[0].astype(np.int64))
+        raise UserError(f"{path}: not five equal blocks of labels")
+    return as_labels(blocks[0], path, classes)
+
+
+def as_labels(y, path, classes):
+    """Labels int64 (N,) of an integer array. Raises UserError where one is none of `classes`."""
+    y = torch.from_numpy(np.array(y).astype(np.int64))
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise UserError(
+            f"{path}: the labels are {int(y.min())} to {int(y.max())}, where {classes} classes are "
+            "numbered from 0; take an intact copy"
+        )
+    return y
 
 
 def read_corrupted(folder, corruption, severity, rows):

@@ -1,6 +1,7 @@
 """Options of every run, and the last line of every script."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -343,6 +344,31 @@ def add_evaluation_arguments(parser, defaults, images="--corrupted-images", kind
     return group
 
 
+def check_saved(parser, folder, saved, usual):
+    """Raise UserError where args.json holds a value that the command line would refuse.
+
+    saved: {name: value} from args.json; usual: {name: default} of the same options."""
+    for action in parser._actions:
+        name = action.dest
+        if name not in saved or (saved[name] is None and usual[name] is None):
+            continue
+        value = saved[name]
+        try:
+            if action.nargs == 0:
+                fits = isinstance(value, bool)
+            else:
+                parsed = parser._get_value(action, shown(value))
+                parser._check_value(action, parsed)
+                fits = json.loads(json.dumps(parsed)) == value
+        except argparse.ArgumentError:
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{Path(folder) / 'args.json'}: {name} is {str(value)[:40]!r}, which no run "
+                "writes; give the options and --overwrite"
+            )
+
+
 def parse(parser, argv=None):
     """Parse `argv`; with `--resume RUN` the options saved there are the defaults.
 
@@ -360,6 +386,7 @@ def parse(parser, argv=None):
     if folder and folder != "auto":
         saved = read_options(Path(folder).expanduser())
         known = {k: v for k, v in saved.items() if k in vars(args)}
+        check_saved(parser, folder, known, usual)
         parser.set_defaults(**known | {"out": folder, "overwrite": False})
         args = parser.parse_args(argv)
         args.out = folder

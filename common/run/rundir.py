@@ -393,6 +393,8 @@ def lock(folder):
 
 def open_log(path):
     """log.jsonl for appending, without the torn line that a kill may have left at its end."""
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its reader
+        raise UserError(f"{path}: no file; move it away, or choose another --out")
     content = path.read_bytes() if path.exists() else b""
     end = content.rfind(b"\n") + 1
     if end < len(content):
