@@ -17,7 +17,7 @@ student, the same image for both. The paper does not specify these; our choices,
   3. student's start  --student-init: fresh weights, or the teacher's convolutions
   4. teacher          --teacher-*: its length, rate and clipping
   5. everything else  the AugMix protocol: SGD, Nesterov momentum 0.9, weight decay 5e-4, batch
-                      128, cosine per step, flip and padded crop
+                      128, cosine per step, flip and padded crop; --policy adds to these
 Choices 1 to 4 were made on a validation split and the four extra corruptions, never on the
 benchmark's 15: eval/results/ct_shapes_search.json and ct_cifar10_search.json.
 
@@ -43,6 +43,7 @@ from common import corruptions, data, models, run
 # --- options ------------------------------------------------------------------------------------
 
 NORMS = ("bn", "gn", "in", "ln", "none")
+AUGMIX_JSD = 12.0  # AugMix's factor of the divergence between its views
 USUAL = {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5}
 DEFAULTS = {
     "shapes": {"arch": "wrn10-1", "epochs": 8, "lam": 20.0, "eval_every": 1},
@@ -57,10 +58,9 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS).add_argument
     add("--norm", default="bn", choices=NORMS, help="the student's normaliser")
-    add(
-        "--pretrained", nargs="?", const="torchvision", metavar="FILE",
-        help="start from torchvision's ImageNet weights in its cache, or in FILE (default: no)",
-    )  # fmt: skip
+    add("--policy", default="none", choices=data.POLICIES, help="more than crop and flip")
+    weights = "start from torchvision's ImageNet weights in its cache, or in FILE (default: no)"
+    add("--pretrained", nargs="?", const="torchvision", metavar="FILE", help=weights)
     add = parser.add_argument_group("method").add_argument
     add("--lam", type=nonnegative(float), help="weight of L_ct; 0 trains without a teacher")
     add("--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct")
@@ -133,10 +133,10 @@ class Task(NamedTuple):
 
 def make_task(dataset, args):
     batches = data.Batches(dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
+    batches = data.augmented(batches, args.policy, dataset.mean)
     held_out = dataset.val or dataset.test
-    few = held_out.take(slice(0, 500))
-    settings = {"severity": 3, "seed": 0, "scale": dataset.scale}
-    probe = [corruptions.corrupt(few.x, name, **settings) for name in corruptions.EXTRA]
+    few, size = held_out.take(slice(0, 500)), dataset.scale
+    probe = [corruptions.corrupt(few.x, name, 3, seed=0, scale=size) for name in corruptions.EXTRA]
     return Task(batches, held_out, data.Images(torch.cat(probe), few.y.repeat(len(probe))))
 
 
@@ -161,20 +161,20 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
 
         with precision.autocast():
             logits, f_s = loop.net(x, with_features=True)
-        loss_cls = F.cross_entropy(logits, y)
+        loss_cls = F.cross_entropy(logits[: len(y)], y)
         loss_ct = torch.zeros_like(loss_cls)
         if teacher is not None:
             with torch.no_grad(), precision.autocast():
                 logits_t, f_t = teacher(x, with_features=True)
-            if args.match == "features":
-                loss_ct = distance(args.distance, f_s, f_t, args.temperature)
-            else:
-                loss_ct = distance(args.distance, logits, logits_t, args.temperature)
+            matched = (f_s, f_t) if args.match == "features" else (logits, logits_t)
+            loss_ct = distance(args.distance, *matched, args.temperature)
         loss = loss_cls + args.lam * loss_ct
+        if args.policy == "augmix":  # x: the images, then two views of each
+            loss = loss + AUGMIX_JSD * data.jsd(logits, len(y))
 
         loop.backward(loss)
         loop.step(lr_at(step, loop.total, args.lr, warmup), args.clip)
-        loop.log(loss=loss_cls, distance=loss_ct, accuracy=run.accuracy(logits, y))
+        loop.log(loss=loss_cls, distance=loss_ct, accuracy=run.accuracy(logits[: len(y)], y))
 
         if loop.evaluates:
             error = run.evaluate(model, task.held_out, precision)["error"]

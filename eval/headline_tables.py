@@ -76,6 +76,10 @@ QUESTION_RUNS = {
     "nf": f"nofrost.py {SMALL} --norm nf --lam 0 --label-smoothing 0 --lr 0.2 --robust-images 0",
     "fixup": f"{FIXUP} --norm fixup",
     "fixup-penalty": f"{FIXUP} --norm fixup --penalty embedding",
+    "bn-cutout": f"{CT} --lam 0 --policy cutout",
+    "bn-mixup": f"{FIXUP} --norm bn --mixup 1 --clip 0",
+    "bn-augmix": f"{CT} --lam 0 --policy augmix",
+    "ct-augmix": f"{CT} --lam 5 --teacher {{none}}/last.pt --policy augmix",
 }
 QUESTION_EVALUATIONS = {
     "corruptions": "eval/corruptions.py {network} --limit 2000 --adapt 200 --precision bf16",
@@ -114,12 +118,17 @@ QUESTION = Table(
                 Row("NF", "nf", "nf"),
                 Row("Fixup", "fixup", "fixup"),
                 Row("Fixup + penalty", "fixup-penalty", "fixup+embedding"),
+                Row("BatchNorm + cutout", "bn-cutout", "student"),
+                Row("BatchNorm + mixup", "bn-mixup", "bn"),
+                Row("BatchNorm + AugMix", "bn-augmix", "student"),
+                Row("CT + AugMix", "ct-augmix", "student"),
             ),
             ("clean error %", "15 corruptions, error %"),
         ),
     },
-    "One budget and one data order for all rows. All rows but BatchNorm and GroupNorm clip "
-    "gradients at norm 1; the peak rate is 0.1, for none and NF 0.2.",
+    "One budget and one data order for all rows. none, NF, Fixup and Fixup + penalty clip "
+    "gradients at norm 1; the peak rate is 0.1, for none and NF 0.2. Cutout: 16 pixels; mixup: "
+    "alpha 1; AugMix: severity 3, weight of its divergence 12.",
 )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, stop):
 @pytest.mark.parametrize("options", [["--distance", "cosine", "--student-init", "teacher"],
                                      ["--distance", "kl"], ["--distance", "relative"],
                                      ["--distance", "mse", "--match", "logits"],
+                                     ["--policy", "cutout"], ["--policy", "augmix"],
                                      ["--arch", "allconv", "--precision", "bf16"]])  # fmt: skip
 def test_options_train(finished, tmp_path, options):
     own = [] if "--arch" in options else ["--teacher", str(finished[0] / "teacher.pt")]

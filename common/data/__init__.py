@@ -11,6 +11,7 @@ that, with dataset.mean and dataset.std.
 
 from common.data import decode, files, folders, shapes, shortcut, trees
 from common.data.arrays import corrupted_dir, corrupted_labels, read_corrupted, read_manifest
+from common.data.augment import POLICIES, augmented, jsd
 from common.data.batches import Batches
 from common.data.files import Files
 from common.data.images import Images, crop_flip
@@ -47,6 +48,7 @@ __all__ = [
     "IN9_TESTS",
     "NAMES",
     "PHOTOGRAPHS",
+    "POLICIES",
     "SETS",
     "SHAPES_SIZES",
     "SHORTCUT_TESTS",
@@ -57,6 +59,7 @@ __all__ = [
     "Images",
     "Streams",
     "add_arguments",
+    "augmented",
     "channel_stats",
     "check_streams",
     "corrupted_dir",
@@ -69,6 +72,7 @@ __all__ = [
     "folders",
     "for_evaluation",
     "from_args",
+    "jsd",
     "load",
     "read_corrupted",
     "read_manifest",
