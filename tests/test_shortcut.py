@@ -7,7 +7,8 @@ import torch
 
 from common import data
 from common.data import shapes, shortcut
-from common.run import UserError
+from common.run import Precision, UserError
+from eval import shortcut as study
 
 
 @pytest.fixture
@@ -93,3 +94,17 @@ def test_not_for_photographs(shared):
 def test_too_many_classes():
     with pytest.raises(UserError, match="at most"):
         shortcut.patterns(1000, 32, 3)
+
+
+def test_batch_norm_leans_on_it_and_the_network_without_does_not(monkeypatch):
+    """2,000 images, a minute of training at most. Without the grating nobody could lean: the three
+    test sets are then the same, and the assertion about BatchNorm fails."""
+    monkeypatch.setattr(study, "BATCH_SIZE", 50)
+    monkeypatch.setattr(study, "FEW", 100)
+    dataset = data.load("shapes-shortcut", limit=2000)
+    ends = {}
+    for norm, epochs in (("bn", 7), ("none", 13)):
+        _, curve = study.train(norm, 0, dataset, epochs, Precision("auto", "cpu"))
+        ends[norm] = curve[-1]
+    assert ends["bn"]["clean"] > 45 and ends["bn"]["swapped"] < 0.3 * ends["bn"]["clean"]
+    assert ends["none"]["clean"] > 30 and ends["none"]["swapped"] > 0.8 * ends["none"]["clean"]
