@@ -2,6 +2,7 @@
 
     python eval/shortcut.py shapes                   # against training steps, one line a normaliser
     python eval/shortcut.py cifar10 --data-dir data  # against the size of the grating
+    python eval/shortcut.py recipe --data-dir data   # against epochs, rate and batch size
     python eval/shortcut.py cifar10 --draw           # the figure of what is finished
 
 Every training image carries a grating that tells its class (common/data/shortcut.py). In the test
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,24 +34,43 @@ from common import data, models, run
 
 RESULTS = Path(__file__).parent / "results"
 ARCH = "wrn10-1"
-RATES = {  # peak rate and largest gradient norm (0: none); where a norm is absent: 0.1, 0
-    "none": (0.2, 1.0),
-    "nf": (0.3, 1.0),
-    "fixup": (0.1, 1.0),
-}
-STUDIES = {  # epochs: of a normaliser that is absent, and of single ones
+
+
+class Recipe(NamedTuple):
+    """How one network trains."""
+
+    epochs: int
+    lr: float = 0.1  # peak rate
+    clip: float = 0.0  # largest gradient norm; 0: none
+    batch_size: int = 128
+
+
+LONG = {"none": Recipe(16, 0.2, 1.0), "nf": Recipe(16, 0.3, 1.0), "fixup": Recipe(16, 0.1, 1.0)}
+STUDIES = {  # recipes: of single networks; all others have `usual`
     "shapes": {
-        "norms": ["bn", "none", "gn", "ln", "in", "nf", "fixup"], "sizes": [3.0], "limit": 0,
-        "epochs": {"other": 20},
+        "data": "shapes-shortcut", "limit": 0, "sizes": [3.0],
+        "norms": ["bn", "none", "gn", "ln", "in", "nf", "fixup"],
+        "usual": Recipe(20), "recipes": {k: r._replace(epochs=20) for k, r in LONG.items()},
     },
     "cifar10": {
-        "norms": ["bn", "none", "ct"], "sizes": [1.0, 2.0, 3.0, 0.0, 5.0, 4.0], "limit": 20_000,
-        "epochs": {"other": 8, "none": 16, "nf": 16, "fixup": 16},
+        "data": "cifar10", "limit": 20_000, "sizes": [1.0, 2.0, 3.0, 0.0, 5.0, 4.0],
+        "norms": ["bn", "none", "ct"],
+        "usual": Recipe(8), "recipes": LONG,
     },
 }  # fmt: skip
+STUDIES["recipe"] = STUDIES["cifar10"] | {"sizes": [0.5], "norms": ["bn", "none"]}
+CHANGES = {  # of the study `recipe`: factors of the usual recipe
+    "usual": {},
+    "half the epochs": {"epochs": 0.5},
+    "twice the epochs": {"epochs": 2},
+    "half the rate": {"lr": 0.5},
+    "twice the rate": {"lr": 2},
+    "half the batch": {"batch_size": 0.5},
+    "twice the batch": {"batch_size": 2},
+}
 LAM = 20.0  # of CT, with the cosine of pooled features
 FEW = 1000  # test images of the accuracies before the end
-BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
 def parse_args(argv=None):
@@ -77,9 +98,15 @@ def parse_args(argv=None):
     return args
 
 
-def epochs_of(norm, args):
-    table = STUDIES[args.study]["epochs"]
-    return args.epochs or table.get(norm, table["other"])
+def recipe_of(norm, args, change="usual"):
+    """The recipe of a network, with a change of the study `recipe`."""
+    study = STUDIES[args.study]
+    recipe = study["recipes"].get(norm, study["usual"])
+    if args.epochs:
+        recipe = recipe._replace(epochs=args.epochs)
+    kinds = {"epochs": int, "lr": float, "batch_size": int}
+    new = {k: kinds[k](getattr(recipe, k) * factor) for k, factor in CHANGES[change].items()}
+    return recipe._replace(**new)
 
 
 def lr_at(step, total, peak, warmup):
@@ -110,25 +137,24 @@ def accuracies(model, dataset, precision, few=None):
     return found
 
 
-def train(norm, seed, dataset, epochs, precision, teacher=None):
+def train(norm, seed, dataset, recipe, precision, teacher=None):
     """Train a network. Returns it and its curve: after every epoch {"step", "loss" of that batch,
     "clean", "without", "swapped"}."""
     model = build(norm, seed, dataset)
-    peak, clip = RATES.get(norm, (0.1, 0.0))
     scalars = [p for n, p in model.named_parameters() if norm == "fixup" and p.numel() == 1]
     rest = [p for p in model.parameters() if not any(p is s for s in scalars)]
     groups = [{"params": rest, "scale": 1.0}]
     if scalars:
         groups.append({"params": scalars, "scale": 0.1})  # Fixup's rule for its scalars
     optimizer = torch.optim.SGD(
-        groups, peak, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+        groups, recipe.lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )  # fmt: skip
-    batches = data.Batches(dataset.train, BATCH_SIZE, seed, augment=True, flip=dataset.flip)
-    total, curve = epochs * batches.per_epoch, []
+    batches = data.Batches(dataset.train, recipe.batch_size, seed, augment=True, flip=dataset.flip)
+    total, curve = recipe.epochs * batches.per_epoch, []
     for step in range(total):
         model.train()
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * lr_at(step, total, peak, batches.per_epoch)
+            group["lr"] = group["scale"] * lr_at(step, total, recipe.lr, batches.per_epoch)
         x, y = batches(step)
         with precision.autocast():
             logits, f_s = model(x, with_features=True)
@@ -139,7 +165,7 @@ def train(norm, seed, dataset, epochs, precision, teacher=None):
             loss = loss + LAM * (1 - F.cosine_similarity(f_s, f_t, dim=1).mean())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
         optimizer.step()
         done = step + 1
         if done % batches.per_epoch == 0:
@@ -157,7 +183,7 @@ def read(path):
 def write(path, rows, args):
     """The file as a whole, so that a stopped run leaves the old one or the new one."""
     about = {"command": f"python eval/shortcut.py {args.study}", "arch": ARCH, "lam": LAM}
-    about |= {"batch_size": BATCH_SIZE, "versions": run.versions()}
+    about["versions"] = run.versions()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
@@ -165,19 +191,20 @@ def write(path, rows, args):
 
 
 def key_of(row):
-    return row["norm"], float(row["levels"]), row["seed"], row["epochs"], row["images"]
+    change = row.get("change", "usual")
+    return row["norm"], float(row["levels"]), row["seed"], row["epochs"], row["images"], change
 
 
 def teacher_for(levels, seed, dataset, args, precision):
     """The network `none` of this size and seed: from the folder of weights, or trained."""
-    epochs = epochs_of("none", args)
-    name = f"{args.study}-none-{levels:g}-{len(dataset.train)}-{epochs}-s{seed}.pt"
+    recipe = recipe_of("none", args)
+    name = f"{args.study}-none-{levels:g}-{len(dataset.train)}-{recipe.epochs}-s{seed}.pt"
     path = Path("runs/shortcut") / name
     if path.is_file():
         model = build("none", seed, dataset)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval(), None
-    model, curve = train("none", seed, dataset, epochs, precision)
+    model, curve = train("none", seed, dataset, recipe, precision)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
     return model, curve
@@ -197,6 +224,19 @@ def sentence(rows, study):
                 words.append(f"{norm} {clean:.1f} / {swapped:.1f}")
         parts.append(f"{levels:g} levels: {', '.join(words)}")
     return f"{study}, accuracy % clean / swapped at the end; " + "; ".join(parts)
+
+
+def print_changes(rows):
+    """A line per change and network: accuracy in %, mean over seeds."""
+    ends = {}
+    for row in rows:
+        ends.setdefault((row["change"], row["norm"]), []).append(row["curve"][-1])
+    names = ("clean", "without", "swapped")
+    table = []
+    for (change, norm), found in ends.items():
+        means = [statistics.mean(end[name] for end in found) for name in names]
+        table.append([change, norm, *(f"{mean:.1f}" for mean in means), str(len(found))])
+    print(run.table(table, ["recipe", "network", "clean", "removed", "swapped", "seeds"]))
 
 
 def figure(rows, study, path):
@@ -219,43 +259,48 @@ def figure(rows, study, path):
     run.line_plot(path, lines, label, "accuracy with the grating swapped, %")
 
 
+def train_row(row, dataset, args, precision):
+    """Train the network of a row; returns its {"cpu_seconds", "curve"}."""
+    norm, levels, seed, change = (row[k] for k in ("norm", "levels", "seed", "change"))
+    teacher = curve = None
+    if norm == "ct":
+        teacher, _ = teacher_for(levels, seed, dataset, args, precision)
+        teacher.requires_grad_(requires_grad=False)
+    begun = time.process_time()
+    if norm == "none" and change == "usual":
+        _, curve = teacher_for(levels, seed, dataset, args, precision)
+    if curve is None:  # of a teacher whose weights were there the curve is missing: train it again
+        recipe = recipe_of(norm, args, change)
+        _, curve = train(norm, seed, dataset, recipe, precision, teacher)
+    return {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
+
+
 def main(args):
     run.try_file(args.json, "--json")
+    precision = run.Precision("auto", "cpu")
+    finished = {key_of(row) for row in read(args.json)}
+    study = STUDIES[args.study]
+    changes = list(CHANGES) if args.study == "recipe" else ["usual"]
+    wanted = itertools.product(range(args.seeds), args.sizes, changes, args.norms)
+    dataset, loaded = None, None
+    for seed, levels, change, norm in () if args.draw else wanted:
+        row = {"data": study["data"], "norm": norm, "levels": levels, "seed": seed}
+        row |= {"change": change, **recipe_of(norm, args, change)._asdict()}
+        row["images"] = args.limit or 10_000
+        if key_of(row) in finished:
+            continue
+        if loaded != levels:
+            options = {"limit": args.limit, "shortcut_levels": levels}
+            dataset, loaded = data.load(study["data"], args.data_dir, **options), levels
+        row |= train_row(row, dataset, args, precision)
+        write(args.json, [*read(args.json), row], args)
+        ends = "  ".join(f"{k} {v:.2f}" for k, v in row["curve"][-1].items())
+        print(f"{norm}, {levels:g} levels, {change}, seed {seed}: {ends}", flush=True)
     rows = read(args.json)
-    if not args.draw:
-        precision = run.Precision("auto", "cpu")
-        finished = {key_of(row) for row in rows}
-        name = "shapes-shortcut" if args.study == "shapes" else args.study
-        dataset, loaded = None, None
-        for seed, levels, norm in itertools.product(range(args.seeds), args.sizes, args.norms):
-            images = args.limit or 10_000
-            epochs = epochs_of(norm, args)
-            row = {"data": name, "norm": norm, "levels": levels, "seed": seed}
-            row |= {"epochs": epochs, "images": images}
-            if key_of(row) in finished:
-                continue
-            if loaded != levels:
-                options = {"limit": args.limit, "shortcut_levels": levels}
-                dataset, loaded = data.load(name, args.data_dir, **options), levels
-            begun = time.process_time()
-            teacher = None
-            if norm == "ct":
-                teacher, _ = teacher_for(levels, seed, dataset, args, precision)
-                teacher.requires_grad_(requires_grad=False)
-                begun = time.process_time()
-            if norm == "none":
-                _, curve = teacher_for(levels, seed, dataset, args, precision)
-                if curve is None:  # its weights lie there, its curve does not: train it again
-                    _, curve = train(norm, seed, dataset, epochs, precision)
-            else:
-                _, curve = train(norm, seed, dataset, epochs, precision, teacher)
-            row |= {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
-            rows = [*read(args.json), row]
-            write(args.json, rows, args)
-            ends = "  ".join(f"{k} {v:.2f}" for k, v in curve[-1].items())
-            print(f"{norm}, {levels:g} levels, seed {seed}: {ends}", flush=True)
     if not rows:
         raise run.UserError(f"{args.json}: no finished network to draw; run without --draw first")
+    if args.study == "recipe":
+        return print_changes(rows)
     path = args.json.with_suffix(".svg")
     figure(rows, args.study, path)
     print(f"{sentence(rows, args.study)}\nfigure: {path}")

@@ -99,12 +99,21 @@ def test_too_many_classes():
 def test_batch_norm_leans_on_it_and_the_network_without_does_not(monkeypatch):
     """2,000 images, a minute of training at most. Without the grating nobody could lean: the three
     test sets are then the same, and the assertion about BatchNorm fails."""
-    monkeypatch.setattr(study, "BATCH_SIZE", 50)
     monkeypatch.setattr(study, "FEW", 100)
     dataset = data.load("shapes-shortcut", limit=2000)
     ends = {}
-    for norm, epochs in (("bn", 7), ("none", 13)):
-        _, curve = study.train(norm, 0, dataset, epochs, Precision("auto", "cpu"))
+    recipes = {"bn": study.Recipe(7, batch_size=50), "none": study.Recipe(13, 0.2, 1.0, 50)}
+    for norm, recipe in recipes.items():
+        _, curve = study.train(norm, 0, dataset, recipe, Precision("auto", "cpu"))
         ends[norm] = curve[-1]
     assert ends["bn"]["clean"] > 45 and ends["bn"]["swapped"] < 0.3 * ends["bn"]["clean"]
     assert ends["none"]["clean"] > 30 and ends["none"]["swapped"] > 0.8 * ends["none"]["clean"]
+
+
+def test_a_changed_recipe_is_the_usual_one_but_for_one_number():
+    args = study.parse_args(["recipe"])
+    usual = study.recipe_of("none", args)
+    assert usual == (16, 0.2, 1.0, 128)
+    assert study.recipe_of("none", args, "half the epochs") == usual._replace(epochs=8)
+    assert study.recipe_of("none", args, "twice the rate") == usual._replace(lr=0.4)
+    assert study.recipe_of("none", args, "half the batch") == usual._replace(batch_size=64)
