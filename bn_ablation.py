@@ -84,8 +84,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=positive(int), default=500, help="steps between evaluations")
     add("--seeds", type=positive(int), default=1, help="number of seeds, from --seed on")
-    run.add_arguments(parser)
-    run.defaults_by_data(parser, DEFAULTS)
+    run.add_arguments(parser, DEFAULTS)
     parser.set_defaults(precision="fp32", augment=False)
     args = run.parse(parser, argv)
     if args.arch == "dln25":

@@ -75,8 +75,7 @@ def parse_args(argv=None):
     add("--teacher-clip", type=nonnegative(float), default=1.0, help="its largest gradient norm")
     add("--baseline", action=run.Flag, default=True, help="train the network without CT too")
     run.add_evaluation_arguments(parser, DEFAULTS)
-    run.add_arguments(parser)
-    run.defaults_by_data(parser, DEFAULTS)
+    run.add_arguments(parser, DEFAULTS)
     parser.set_defaults(dataset="shapes-shortcut")
     args = run.parse(parser, argv)
     run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
@@ -150,8 +149,9 @@ def lr_at(step, total, peak, warmup):
 def train(stage, model, args, task, rundir, precision, teacher=None):
     """Train `model` in place on L_cls + lam L_ct. Returns its last metrics."""
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
+        model.parameters(), args.lr, args.momentum,
+        weight_decay=args.weight_decay, nesterov=args.momentum > 0,
+        fused=precision.device.type == "cuda",
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
     teacher = loop.fast(teacher)
@@ -234,10 +234,7 @@ def report(networks, dataset, args, rundir, precision):
     tests = {"error": dataset.test, **dataset.shortcut_tests}
     errors = {name: run.errors_of(networks, images, precision) for name, images in tests.items()}
     if args.corrupted_images:
-        few = dataset.test.take(slice(0, args.corrupted_images))
-        errors["corrupted"] = corruptions.corruption_errors(
-            networks, few, precision, args.data_dir, dataset.scale
-        )
+        errors["corrupted"] = corruptions.corruption_errors(networks, dataset, args, precision)
     final = {f"{metric}/{k}": v for metric, row in errors.items() for k, v in row.items()}
     rundir.close(final)
 
@@ -249,7 +246,7 @@ def report(networks, dataset, args, rundir, precision):
     tested = f"{args.dataset} {args.test_domain or 'test'}, {len(dataset.test)} images"
     print(f"{tested}, {args.arch}, {chosen}, seed {args.seed}")
     if args.corrupted_images:
-        print(corruptions.describe(len(few), args.data_dir))
+        print(corruptions.describe(dataset, args))
     paper = "without BatchNorm less clean and more corrupted accuracy; CT keeps both."
     following = {
         "tensorboard --logdir runs": "the curves of this run",

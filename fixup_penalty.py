@@ -1,15 +1,14 @@
 """Deconstructing BatchNorm: without it, keep the final layer small, and see how much comes back.
 
 Paper: Dauphin & Cubuk, "Deconstructing the Regularization of BatchNorm", ICLR 2021. BatchNorm keeps
-the embedding before the classifier from growing explosively, at the start and in training. A plain
-penalty that does so recovers a large part of its generalisation, about as much as dropout does:
+the embedding h before the classifier W from growing explosively, at the start and in training. A
+plain penalty does so too, and recovers a large part of the accuracy, about as much as dropout:
 
     L = CE(W h, y) + weight * mean_b ||h_b||^2        (or of the logits), over the batch
 
-Fixup (Zhang, Dauphin & Ma, ICLR 2019) keeps the embedding small at the start: the last layer of
-every residual branch and the classifier are zero. The paper's claim compares fixup+penalty with
-none. A variant is named by its normaliser and words: none, none+penalty, fixup+penalty+dropout, bn,
-none+glorot. Three more normalisers isolate BatchNorm's other effects, in our reading:
+Fixup (Zhang, Dauphin & Ma, ICLR 2019) keeps h small at the start: the last layer of every residual
+branch and the classifier are zero. The paper compares fixup+penalty with none. A variant is a
+normaliser and words: bn, fixup+penalty+dropout. Three normalisers isolate BatchNorm's effects:
 
     noise          no normaliser, the noise of batch statistics (its law: models.BatchNoise)
     bn-population  BatchNorm with running averages as constants: normalisation without noise
@@ -26,9 +25,7 @@ Only the introduction was available to us. Our choices, each an option:
     python fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1 --epochs 40
 """
 
-import itertools
 import math
-import statistics
 from typing import NamedTuple
 
 import torch
@@ -50,14 +47,8 @@ DEFAULTS = {
     **dict.fromkeys(("cifar10", "cifar100", "svhn"), USUAL),
     "folders": USUAL | {"arch": "resnet50", "epochs": 90},
 }  # fmt: skip
-HELD_OUT = {
-    "shapes": 200,
-    "svhn": 3257,
-    "cifar10": 5000,
-    "cifar100": 5000,
-}  # by --tune, else 10,000
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
-PENALTIES, INITS = ("penalty", "embedding", "logits"), ("he", "glorot")
+HELD_OUT = {"shapes": 200, "svhn": 3257, "cifar10": 5000, "cifar100": 5000}  # by --tune
 TUNED = {  # the values that --tune tries
     "lr": (0.03, 0.1, 0.3), "penalty_weight": (1e-4, 1e-3, 1e-2, 1e-1), "dropout": (0.1, 0.3, 0.5),
 }  # fmt: skip
@@ -75,10 +66,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")
     add("--norm", choices=models.NORMS, help="one network: short for --variants NAME")
-    add(
-        "--init", choices=["he", "glorot", "fixup"],
-        help="start of the weights (default: fixup for norm fixup, else he)",
-    )  # fmt: skip
+    start = "start of the weights (default: fixup for norm fixup, else he)"
+    add("--init", choices=["he", "glorot", "fixup"], help=start)
     kinds = ["embedding", "logits", "none"]
     add("--penalty", default="none", choices=kinds, help="what +penalty keeps small: embedding")
     add("--penalty-weight", type=nonnegative(float), default=0.001, help="its factor in the loss")
@@ -87,44 +76,48 @@ def parse_args(argv=None):
     add("--aux-batch", type=positive(int), default=1024, help="images of bn-aux's statistics")
     add("--tune", action="store_true", help="choose rate, weight and dropout on a validation split")
     run.add_evaluation_arguments(parser, DEFAULTS)
-    run.add_arguments(parser)
-    run.defaults_by_data(parser, DEFAULTS)
+    run.add_arguments(parser, DEFAULTS)
     args = run.parse(parser, argv)
     run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
     if args.tune and not args.val_size:
         args.val_size = HELD_OUT.get(args.dataset.removesuffix(".1"), 10_000)
-    if args.norm:
-        words = [args.penalty] * (args.penalty != "none") + ["dropout"] * (args.dropout > 0)
-        single = ["+".join([args.norm, *words])]
-        if args.variants not in (None, single):
-            raise run.UserError("--norm is for one variant, --variants for several: give one")
-        args.variants = single
-    args.variants = list(dict.fromkeys(args.variants or VARIANTS))
-    words = {word for name in args.variants for word in name.split("+")[1:]}
-    if args.dropout and "dropout" not in words:
-        raise run.UserError("--dropout: no variant has +dropout")
-    if args.penalty != "none" and not words & set(PENALTIES):
-        raise run.UserError(f"--penalty {args.penalty}: no variant has +penalty")
+    args.variants = variants_of(args)
     return args
+
+
+def variants_of(args):
+    """The names of the networks to train, from --variants, or from --norm and its words."""
+    words = [args.penalty] * (args.penalty != "none") + ["dropout"] * (args.dropout > 0)
+    single = ["+".join([args.norm, *words])] if args.norm else None
+    if single and args.variants not in (None, single):
+        raise run.UserError("--norm is for one variant, --variants for several: give one")
+    names = single or list(dict.fromkeys(args.variants or VARIANTS))
+    given = {word for name in names for word in name.split("+")[1:]}
+    if args.dropout and "dropout" not in given:
+        raise run.UserError("--dropout: no variant has +dropout")
+    if args.penalty != "none" and not given & {"penalty", "embedding", "logits"}:
+        raise run.UserError(f"--penalty {args.penalty}: no variant has +penalty")
+    return names
 
 
 def options_of(name, args):
     """The options of one variant: `args` with norm, init, penalty and dropout as its name says."""
     norm, *words = name.split("+")
-    known = (*PENALTIES, "dropout", *INITS)
-    if norm not in models.NORMS or not set(words) <= set(known):
-        text = f"({', '.join(models.NORMS)}), then any of +{', +'.join(known)}"
+    usual = "logits" if args.penalty == "logits" else "embedding"
+    meant = {
+        "penalty": {"penalty": usual}, "embedding": {"penalty": "embedding"},
+        "logits": {"penalty": "logits"}, "dropout": {"dropout": args.dropout or 0.3},
+        "he": {"init": "he"}, "glorot": {"init": "glorot"},
+    }  # fmt: skip
+    if norm not in models.NORMS or not set(words) <= set(meant):
+        text = f"({', '.join(models.NORMS)}), then any of +{', +'.join(meant)}"
         raise run.UserError(f"variant {name}: must be one normaliser {text}")
-    own = run.changed(args, norm=norm, penalty="none", dropout=0.0)
-    own.init = args.init or ("fixup" if norm == "fixup" else "he")
+    init = args.init or ("fixup" if norm == "fixup" else "he")
+    own = run.changed(args, variant=name, norm=norm, init=init, penalty="none", dropout=0.0)
     for word in words:
-        if word in PENALTIES:
-            usual = "logits" if args.penalty == "logits" else "embedding"
-            own.penalty = usual if word == "penalty" else word
-        elif word == "dropout":
-            own.dropout = args.dropout or 0.3
-        else:
-            own.init = word
+        own = run.changed(own, **meant[word])
+    if own.penalty == "none":
+        own.penalty_weight = 0.0
     wrong = {
         f"variant {name}: fixup is an initialisation; --init {own.init} is not":
             norm == "fixup" and own.init != "fixup",
@@ -148,19 +141,6 @@ def penalty(kind, h, logits, reduction):
     return squares.mean() if reduction == "mean" else squares.sum(1).mean()
 
 
-def mixup(x, y, alpha, seed, step):
-    """Images mixed with a permutation of the global batch, both labels, and the first's share.
-
-    One Beta(alpha, alpha) share per batch (Zhang et al. 2018). Returns this process's rows."""
-    rng = run.generator(seed, "mixup", step)
-    gammas = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=rng)
-    share = (gammas[0] / gammas.sum()).item()
-    partner = run.upload(torch.randperm(len(y), generator=rng), y.device)
-    mixed = share * x + (1 - share) * x[partner]
-    own = run.rows(len(y))
-    return mixed[own], y[own], y[partner][own], share
-
-
 def build(args, dataset, device):
     """A network for this run; its weights depend on the seed and the variant alone."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
@@ -168,16 +148,6 @@ def build(args, dataset, device):
     models.INITS[args.init](model)
     models.set_noise(model, args.batch_size)
     return model.to(device, memory_format=torch.channels_last)
-
-
-def parameter_groups(model, args):
-    """Fixup's scalars, and its classifier's bias as in its code, learn at --scalar-lr times the
-    rate. Weight decay is on all parameters, as there."""
-    groups = {1.0: [], args.scalar_lr: []}
-    for name, parameter in model.named_parameters():
-        scalar = args.norm == "fixup" and ("bias" in name or "scale" in name)
-        groups[args.scalar_lr if scalar else 1.0].append(parameter)
-    return [{"params": own, "lr_scale": scale} for scale, own in groups.items() if own]
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -212,8 +182,9 @@ def lr_at(step, total, peak, warmup, schedule="cosine"):
 def train(stage, model, args, task, rundir, precision):
     """Train `model` in place on cross-entropy + weight * penalty. Returns its last metrics."""
     optimizer = torch.optim.SGD(
-        parameter_groups(model, args), args.lr, args.momentum, weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
+        models.fixup_groups(model, args.scalar_lr), args.lr, args.momentum,
+        weight_decay=args.weight_decay, nesterov=args.momentum > 0,
+        fused=precision.device.type == "cuda",
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
     warmup = round(args.warmup * task.batches.per_epoch)
@@ -221,7 +192,7 @@ def train(stage, model, args, task, rundir, precision):
         x, y = task.batches(step)
 
         if args.mixup:
-            x, y, other, share = mixup(x, y, args.mixup, args.seed, step)
+            x, y, other, share = data.mixup(x, y, args.mixup, args.seed, step)
         with precision.autocast():
             if args.norm == "bn-aux":
                 models.measure_statistics(model, task.auxiliary(step)[0])
@@ -233,8 +204,7 @@ def train(stage, model, args, task, rundir, precision):
         loss = loss_cls + args.penalty_weight * extra
 
         loop.backward(loss)
-        lr = lr_at(step, loop.total, args.lr, warmup, args.schedule)
-        loop.step(lr, args.clip)
+        loop.step(lr_at(step, loop.total, args.lr, warmup, args.schedule), args.clip)
         sizes = {"embedding": h.square().mean(), "logits": logits.square().mean()}
         loop.log(loss=loss_cls, penalty=extra, accuracy=run.accuracy(logits, y), **sizes)
 
@@ -245,37 +215,18 @@ def train(stage, model, args, task, rundir, precision):
     return loop.metrics
 
 
-def log_start(stage, model, dataset, args, rundir):
-    """Mean squares of the embedding, the logits and every block before the first step."""
-    if not (rundir.dir / rundir.file(stage)).exists():
-        order = torch.randperm(len(dataset.train), generator=run.generator(0, "test order"))
-        few = dataset.train.take(order[: args.batch_size])
-        found = models.mean_squares(model, run.to_float(few.x))
+def fit(stage, args, dataset, rundir, precision):
+    """Train a network of these options. Returns it and its last metrics."""
+    model = build(args, dataset, precision.device)
+    task = make_task(dataset, args)
+    if not (rundir.dir / rundir.file(stage)).exists():  # how far the signal grows at the start
+        found = models.mean_squares(model, task.batches(0)[0])
         rundir.scalars(stage, 0, {k: found[k] for k in ("embedding", "logits")})
         rundir.log(stage=stage, epoch=0, step=0, **found)
-
-
-def tune(name, own, dataset, rundir, precision):
-    """The options of a variant with the rate, weight and dropout of least validation error."""
-    values = {k: v for k, v in TUNED.items() if k == "lr"}
-    if own.penalty != "none":
-        values["penalty_weight"] = TUNED["penalty_weight"]
-    if own.dropout:
-        values["dropout"] = TUNED["dropout"]
-
-    def error_of(options, title):
-        model, task = build(options, dataset, precision.device), make_task(dataset, options)
-        return train(f"tune-{name}-{title}", model, options, task, rundir, precision)["error"]
-
-    return run.search(name, own, values, error_of, rundir)
+    return model, train(stage, model, args, task, rundir, precision)
 
 
 # --- main ---------------------------------------------------------------------------------------
-
-SHOWN = {
-    "train_accuracy": "train %", "error": "test %", "corrupted": "corrupted %",
-    "final_layer": "final layer",
-}  # fmt: skip
 
 
 def main(args):
@@ -283,57 +234,45 @@ def main(args):
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
     variants = {name: options_of(name, args) for name in args.variants}
-    for own in variants.values():
-        build(own, dataset, device)
     if args.corrupted_images and dataset.image_size < 24:
         raise run.UserError("--corrupted-images: the corruptions need images of 24 pixels or more")
+    for own in variants.values():  # whatever may refuse an option comes before the run directory
+        build(own, dataset, device)
     make_task(dataset, args)
-    seeds = range(args.seed, args.seed + args.seeds)
     last = args.variants[0] if len(variants) * args.seeds == 1 else None
-    rundir = run.RunDir(args, __file__, precision, last, SHOWN)  # from here on files appear
+    results = ("train_accuracy", "error", "corrupted", "final_layer")
+    rundir = run.RunDir(args, __file__, precision, last, results)  # from here on files appear
+
+    def fit_one(stage, own):
+        return fit(stage, own, dataset, rundir, precision)
 
     if args.tune:
-        variants = {k: tune(k, own, dataset, rundir, precision) for k, own in variants.items()}
+        variants = {k: run.search(own, TUNED, fit_one, rundir) for k, own in variants.items()}
         dataset = data.from_args(args, device, val_size=0)
-    stages = {}  # of every variant the networks of all seeds
-    for name in variants:
-        stages[name] = [name if args.seeds == 1 else f"{name}-s{seed}" for seed in seeds]
-    rundir.plan(**dict.fromkeys(itertools.chain(*stages.values()), args.epochs))
+    stages = run.with_seeds(variants, args)
+    rundir.plan(**dict.fromkeys(stages, args.epochs))
     networks, metrics = {}, {}
-    for name, own in variants.items():
-        for stage, seed in zip(stages[name], seeds, strict=True):
-            own = run.changed(own, seed=seed)
-            networks[stage] = build(own, dataset, device)
-            task = make_task(dataset, own)
-            log_start(stage, networks[stage], dataset, args, rundir)
-            metrics[stage] = train(stage, networks[stage], own, task, rundir, precision)
+    for stage, own in stages.items():
+        networks[stage], metrics[stage] = fit_one(stage, own)
     return report(networks, metrics, stages, dataset, args, rundir, precision)
 
 
 def report(networks, metrics, stages, dataset, args, rundir, precision):
     """Print the table of medians over seeds; returns {"<metric>/<variant>": median}."""
-    errors = {"error": run.errors_of(networks, dataset.test, precision)}
+    found = {"error": run.errors_of(networks, dataset.test, precision)}
     if args.corrupted_images:
-        few = dataset.test.take(slice(0, args.corrupted_images))
-        errors["corrupted"] = corruptions.corruption_errors(
-            networks, few, precision, args.data_dir, dataset.scale
-        )
-    found = dict(errors)
+        found["corrupted"] = corruptions.corruption_errors(networks, dataset, args, precision)
     for metric in ("train_accuracy", "final_layer"):
         found[metric] = {stage: own[metric] for stage, own in metrics.items()}
-    final, columns = {}, {}
-    for metric in (k for k in SHOWN if k in found):
-        columns[SHOWN[metric]] = column = {}
-        for name, own in stages.items():
-            values = [found[metric][stage] for stage in own]
-            rundir.log(event="result", variant=name, metric=metric, values=values)
-            middle = final[f"{metric}/{name}"] = statistics.median(values)
-            column[name] = 100 - middle if metric in errors else middle
+    medians = run.medians_over_seeds(found, stages, rundir)
+    final = {f"{metric}/{k}": v for metric, row in medians.items() for k, v in row.items()}
     rundir.close(final)
+
+    columns = run.accuracy_columns(medians, {"error": "test %", "corrupted": "corrupted %"})
+    columns |= {"train %": medians["train_accuracy"], "final layer": medians["final_layer"]}
     run.warn_of_chance(columns["test %"], len(dataset.classes))
     run.print_table(columns, "variant")
-    print("train, test, corrupted: accuracy, higher is better; final layer: mean square of the")
-    print("embedding at the end of training, the growth that BatchNorm prevents")
+    print("accuracies, higher is better; final layer: mean square of the embedding at the end")
     print(f"{args.dataset}, {len(dataset.train)} training images, {len(dataset.test)} test images,")
     print(f"  {args.arch}, last epoch, median of {args.seeds} seeds from {args.seed} on")
     paper = "Fixup and the penalty bring a large part of BatchNorm's test accuracy back."

@@ -87,8 +87,7 @@ def parse_args(argv=None):
     add("--capture", action=run.Flag, default=True, help="attack steps as CUDA graphs on a GPU")
     add = run.add_evaluation_arguments(parser, DEFAULTS, "--robust-images", "attacked").add_argument
     add("--probe-images", type=positive(int), default=200, help="held-out images under PGD-10")
-    run.add_arguments(parser)
-    run.defaults_by_data(parser, DEFAULTS)
+    run.add_arguments(parser, DEFAULTS)
     args = run.parse(parser, argv)
     args.streams = data.check_streams(args.streams)
     args.norms = [args.norm] if args.norm else args.norms
@@ -249,8 +248,9 @@ def train(stage, model, args, task, rundir, precision):
     per_epoch = task.batches.per_epoch
     peak = args.lr * (args.batch_size / 256 if args.dataset in data.PHOTOGRAPHS else 1)
     optimizer = torch.optim.SGD(
-        model.parameters(), peak, args.momentum, weight_decay=args.weight_decay,
-        nesterov=args.momentum > 0, fused=precision.device.type == "cuda",
+        model.parameters(), peak, args.momentum,
+        weight_decay=args.weight_decay, nesterov=args.momentum > 0,
+        fused=precision.device.type == "cuda",
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
     warmup = round(args.warmup * per_epoch)

@@ -1,4 +1,4 @@
-"""How much there is to read: lines of each script, lines and tokens of its train().
+"""How much there is to read: lines of each script and of the loop, lines and tokens of train().
 
 python tests/reading.py
 """
@@ -14,8 +14,9 @@ BUDGETS = {
     "ct.py": (280, 45, 450),
     "nofrost.py": (350, 45, 450),
     "fixup_penalty.py": (300, 45, 450),
-    "bn_ablation.py": (400, 60, 600),
+    "bn_ablation.py": (456, 60, 600),
 }
+LOOP = ("common/run/loop.py", 200)  # its lines, at most
 SKIPPED = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT)
 
 
@@ -25,16 +26,22 @@ def source_of_train(text):
     return next(ast.get_source_segment(text, n) for n in functions if n.name == "train")
 
 
+def lines(name):
+    """The number of lines of a file."""
+    return len((ROOT / name).read_text().splitlines())
+
+
 def measure(name):
     """(lines of the script, lines of train(), tokens of train() without its docstring)."""
     text = (ROOT / name).read_text()
     train = source_of_train(text)
     tokens = list(tokenize.generate_tokens(io.StringIO(train).readline))
     words = [t for t in tokens if t.type not in SKIPPED and not t.string.startswith('"""')]
-    return len(text.splitlines()), len(train.splitlines()), len(words)
+    return lines(name), len(train.splitlines()), len(words)
 
 
 if __name__ == "__main__":
     for script, most in BUDGETS.items():
         shown = [f"{n} of {m}" for n, m in zip(measure(script), most, strict=True)]
         print(f"{script:17} lines {shown[0]}, train() lines {shown[1]}, tokens {shown[2]}")
+    print(f"{LOOP[0]} lines {lines(LOOP[0])} of {LOOP[1]}")

@@ -8,7 +8,7 @@ import ct
 import fixup_penalty
 import nofrost
 from common import run
-from common.run import loop
+from common.run.device import wants_compiled
 
 TINY = ["--dataset", "shapes", "--limit", "64", "--batch-size", "16", "--epochs", "2",
         "--eval-every", "1", "--device", "cpu", "--overwrite", "--compile", "--val-size",
@@ -54,11 +54,11 @@ def test_compile_is_the_default_where_a_gpu_has_triton(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for has_triton in (True, False):
         monkeypatch.setattr("torch.utils._triton.has_triton", lambda has=has_triton: has)
-        assert loop.wants_compiled({"compile": None}, gpu) == has_triton
-        assert not loop.wants_compiled({"compile": None}, cpu)
+        assert wants_compiled({"compile": None}, gpu) == has_triton
+        assert not wants_compiled({"compile": None}, cpu)
         for device in (cpu, gpu):
-            assert loop.wants_compiled({"compile": True}, device)
-            assert not loop.wants_compiled({"compile": False}, device)
+            assert wants_compiled({"compile": True}, device)
+            assert not wants_compiled({"compile": False}, device)
 
 
 def test_kernels_are_launched_together_on_one_gpu(monkeypatch):

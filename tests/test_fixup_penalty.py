@@ -111,17 +111,14 @@ def test_fixup_shortcut_shares_the_first_bias_and_pads_at_the_end():
 
 
 def test_scalars_have_their_own_rate():
-    args = script.parse_args(["--arch", "wrn16-1", "--norm", "fixup"])
-    own = script.options_of("fixup", args)
     model = models.build("wrn16-1", "fixup")
-    groups = script.parameter_groups(model, own)
+    groups = models.fixup_groups(model, 0.1)
     assert [g["lr_scale"] for g in groups] == [1.0, 0.1]
     slow = {id(p) for p in groups[1]["params"]}
     names = {n for n, p in model.named_parameters() if id(p) in slow}
     scalars = {n for n, p in model.named_parameters() if p.numel() == 1}
     assert names == scalars | {"fc.bias"} and len(groups[0]["params"]) == 12 + 2 + 1 + 1
-    own = script.options_of("none", args)
-    assert len(script.parameter_groups(models.build("wrn16-1", "none"), own)) == 1
+    assert len(models.fixup_groups(models.build("wrn16-1", "none"), 0.1)) == 1
 
 
 # --- penalty, dropout, mixup ----------------------------------------------------------------------
@@ -158,14 +155,14 @@ def test_dropout_is_an_adaptive_penalty():
 def test_mixup_mixes_images_and_keeps_both_labels():
     """One share per batch, Beta(1, 1) on average uniform; a function of (seed, step) alone."""
     x, y = torch.eye(4).view(4, 4, 1, 1), torch.arange(4)
-    mixed, first, second, share = script.mixup(x, y, 1.0, 0, 7)
+    mixed, first, second, share = data.mixup(x, y, 1.0, 0, 7)
     wanted = share * F.one_hot(first, 4) + (1 - share) * F.one_hot(second, 4)
     torch.testing.assert_close(mixed.flatten(1), wanted.float())
     assert torch.equal(first, y) and sorted(second.tolist()) == [0, 1, 2, 3]
     state = torch.get_rng_state()
-    again = script.mixup(x, y, 1.0, 0, 7)
+    again = data.mixup(x, y, 1.0, 0, 7)
     assert torch.equal(again[0], mixed) and torch.equal(state, torch.get_rng_state())
-    shares = torch.tensor([script.mixup(x, y, 1.0, 0, step)[3] for step in range(2000)])
+    shares = torch.tensor([data.mixup(x, y, 1.0, 0, step)[3] for step in range(2000)])
     assert shares.mean().item() == pytest.approx(0.5, abs=0.02)  # sd of the mean: 0.0065
     assert shares.std().item() == pytest.approx(12**-0.5, abs=0.02)
 

@@ -15,6 +15,7 @@ from common.data.augment import POLICIES, augmented, jsd
 from common.data.batches import Batches
 from common.data.files import Files
 from common.data.images import Images, crop_flip
+from common.data.mixup import mixup
 from common.data.sets import (
     HELD_OUT,
     SHAPES_SIZES,
@@ -74,6 +75,7 @@ __all__ = [
     "from_args",
     "jsd",
     "load",
+    "mixup",
     "read_corrupted",
     "read_manifest",
     "shapes",

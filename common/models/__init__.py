@@ -21,6 +21,7 @@ from common.models.evaluation import (
 from common.models.init import (
     INITS,
     LAST_SCALE,
+    fixup_groups,
     init_fixup,
     init_glorot,
     init_he,
@@ -161,6 +162,7 @@ __all__ = [
     "conv_shortcut",
     "copy_matching_weights",
     "drop_path",
+    "fixup_groups",
     "for_evaluation",
     "from_checkpoint",
     "from_torchvision",

@@ -86,6 +86,19 @@ def init_fixup(model):
     nn.init.zeros_(model.fc.weight)
 
 
+def fixup_groups(model, scalar_lr):
+    """Parameter groups of the optimizer: Fixup's scalars learn at scalar_lr times the rate.
+
+    So does the bias of its classifier, as in its code. Weight decay is on all parameters, as there.
+    Other networks are one group.
+    """
+    groups = {1.0: [], scalar_lr: []}
+    for name, parameter in model.named_parameters():
+        scalar = model.spec["norm"] == "fixup" and ("bias" in name or "scale" in name)
+        groups[scalar_lr if scalar else 1.0].append(parameter)
+    return [{"params": own, "lr_scale": scale} for scale, own in groups.items() if own]
+
+
 INITS = {"he": init_he, "glorot": init_glorot, "fixup": init_fixup}
 
 

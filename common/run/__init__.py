@@ -14,7 +14,6 @@ from common.run.cli import (
     changed,
     cli,
     command,
-    defaults_by_data,
     defaults_for,
     fill,
     fraction,
@@ -63,7 +62,14 @@ from common.run.loop import Loop
 from common.run.pictures import captioned
 from common.run.plot import line_plot
 from common.run.progress import Progress, clock
-from common.run.repeat import each_domain, each_seed, repeat, search
+from common.run.repeat import (
+    each_domain,
+    each_seed,
+    medians_over_seeds,
+    repeat,
+    search,
+    with_seeds,
+)
 from common.run.report import accuracy_columns, print_findings, print_table
 from common.run.results import (
     Results,
@@ -117,7 +123,6 @@ __all__ = [
     "compiled",
     "counts",
     "custom_scalars",
-    "defaults_by_data",
     "defaults_for",
     "draw_bands",
     "each_domain",
@@ -144,6 +149,7 @@ __all__ = [
     "mean",
     "mean_sd",
     "medians",
+    "medians_over_seeds",
     "metrics",
     "metrics_of",
     "nonnegative",
@@ -177,6 +183,7 @@ __all__ = [
     "wait",
     "warn_of_chance",
     "weights_digest",
+    "with_seeds",
     "world",
     "write_json",
 ]

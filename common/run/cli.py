@@ -262,8 +262,11 @@ def fill(args, row):
             setattr(args, key, value)
 
 
-def add_arguments(parser):
-    """Add the options of every run, as the group "run"."""
+def add_arguments(parser, defaults):
+    """Add the options of every run, as the group "run".
+
+    defaults: the script's table by data set; it is shown at the options that it holds.
+    """
     group = parser.add_argument_group("run")
     group.add_argument(
         "--out", metavar="DIR",
@@ -298,6 +301,7 @@ def add_arguments(parser):
         "--save-minutes", type=positive(float), metavar="M",
         help="also save every M minutes (default: by epochs only)",
     )  # fmt: skip
+    defaults_by_data(parser, defaults)
 
 
 def add_recipe_arguments(parser, defaults, clip=0.0):

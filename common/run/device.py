@@ -51,6 +51,12 @@ def can_compile(device):
     return device.type != "cuda" or has_triton()
 
 
+def wants_compiled(options, device):
+    """Whether a network is compiled: by --compile; without a word from the user on a GPU."""
+    wish = options.get("compile")
+    return wish or (wish is None and device.type == "cuda" and can_compile(device))
+
+
 def compiled(model, device):
     """The model, compiled to one graph. On a GPU its kernels are launched all at once.
 

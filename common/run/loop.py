@@ -21,18 +21,12 @@ import time
 import torch
 
 from common.run.checkpoint import load_checkpoint
-from common.run.device import can_compile, compiled, mean, rank, seed_key, spread, summed, world
-from common.run.errors import Diverged, check_finite
+from common.run.device import compiled, rank, seed_key, spread, summed, wants_compiled, world
+from common.run.errors import Diverged
+from common.run.steps import Means, Watch
 
-FP16_LEAST = 2.0**-10  # a loss scale below this means that fp16 has failed; it starts at 65536
 SHOWN = {"loss": "loss {:.3f}", "accuracy": "train {:.1f} %", "images_per_s": "{:.0f} img/s"}
 ASK_EVERY = 10  # steps between the checks whether any process got a signal
-
-
-def wants_compiled(options, device):
-    """Whether a network is compiled: by --compile; without a word from the user on a GPU."""
-    wish = options.get("compile")
-    return wish or (wish is None and device.type == "cuda" and can_compile(device))
 
 
 class Loop:
@@ -67,21 +61,18 @@ class Loop:
         self.start = state.get("step", 0)
         self.metrics = state.get("metrics", {})
         self.best = state.get("best")
-        self.net = spread(model)
         self.compiles = wants_compiled(options, precision.device)
         if self.compiles:
             torch.compiler.reset()  # torch compiles a class of networks only a few times
-        self.net = self.fast(self.net)
+        self.net = self.fast(spread(model))
         self.means = {}
         self.done = self.start
-        self._seen = []
-        self._sums = None
-        self._count = 0
+        self._watch = Watch(precision.scaler)
+        self._means = Means(batches.batch_size)
         self._fresh = {}
         self._loss = None
         self._norm = None
         self._lr = 0.0
-        self._clock = time.perf_counter()
         self._saved = time.monotonic()
 
     def fast(self, model):
@@ -90,7 +81,7 @@ class Loop:
 
     def __iter__(self):
         self.rundir.begin(self.stage, self.start, self.total, self.per_epoch)
-        self._clock = time.perf_counter()
+        self._means.start()
         for step in range(self.start, self.total):
             self.done = step + 1
             self.model.train()
@@ -131,30 +122,17 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._watch.add(self.done - 1, lr, self._loss, norm)
         self._lr = lr
-        self._norm = norm
-        if self.scaler.is_enabled():  # the scaler skips and repeats steps that overflowed
-            norm = torch.zeros_like(norm)
-            self._norm = self._norm.nan_to_num(0, 0, 0)
-        self._seen.append((self.done - 1, lr, torch.stack([self._loss.float(), norm.float()])))
+        self._norm = norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm
 
     def log(self, **values):
         """Add 0-d tensors to the means that TensorBoard gets every --log-every steps."""
-        row = torch.stack([v.detach().float() for v in (*values.values(), self._norm)])
-        self._sums = row if self._sums is None else self._sums + row
-        self._count += 1
-        if not self.logs:
-            self.rundir.moving(self.stage, self.done, self._text())
-            return
-        self.check()  # sync point
-        means = mean(self._sums / self._count).tolist()
-        self.means = dict(zip((*values, "grad_norm"), means, strict=True))
-        seconds = time.perf_counter() - self._clock
-        self.means["images_per_s"] = self._count * self.batches.batch_size / seconds
-        self.rundir.scalars(self.stage, self.done, {**self.means, "lr": self._lr})
-        self._sums = None
-        self._count = 0
-        self._clock = time.perf_counter()
+        self._means.add({**values, "grad_norm": self._norm})
+        if self.logs:
+            self.check()  # sync point
+            self.means = self._means.take()
+            self.rundir.scalars(self.stage, self.done, {**self.means, "lr": self._lr})
         self.rundir.moving(self.stage, self.done, self._text())
 
     def report(self, **metrics):
@@ -162,7 +140,7 @@ class Loop:
         self.metrics = self.metrics | metrics
         self._fresh = self._fresh | metrics
         self.rundir.scalars(self.stage, self.done, metrics)
-        self._clock = time.perf_counter()
+        self._means.start()
 
     def keep_best(self, score):
         """Keep the weights of the highest score; `load_best` brings them back."""
@@ -173,14 +151,12 @@ class Loop:
 
     def load_best(self):
         path = self.rundir.dir / self.rundir.best_file(self.stage)
-        device = next(self.model.parameters()).device
-        self.model.load_state_dict(load_checkpoint(path, device)["model"])
+        self.model.load_state_dict(load_checkpoint(path, self.device)["model"])
 
     # --- after the step -------------------------------------------------------------------------
 
     def _text(self):
-        length = f"{self.total / self.per_epoch:.1f}".removesuffix(".0")
-        text = f"epoch {self.done / self.per_epoch:.1f}/{length}"
+        text = f"epoch {self.done / self.per_epoch:.1f}/{round(self.total / self.per_epoch, 1):g}"
         parts = [SHOWN[k].format(v) for k, v in self.means.items() if k in SHOWN]
         return "  ".join([text, *parts])
 
@@ -194,25 +170,12 @@ class Loop:
         self._save()
 
     def check(self, together=True):
-        """Raise Diverged if a step since the last call was not finite. A sync point."""
-        if not self._seen:
-            return
-        last_step = self._seen[-1][0]
-        if self.scaler.is_enabled() and self.scaler.get_scale() < FP16_LEAST:
+        """Raise Diverged if a step since the last check was not finite. A sync point."""
+        try:
+            self._watch.check(together)
+        except Diverged:
             self.rundir.training = False
-            raise Diverged(
-                "fp16: no gradient was finite for many steps, however small the loss was scaled; "
-                "take --precision bf16 or fp32, or lower --lr",
-                last_step,
-            )
-        values = torch.stack([v for *_, v in self._seen])
-        values = (mean(values) if together else values).tolist()
-        if not all(math.isfinite(loss + norm) for loss, norm in values):
-            self.rundir.training = False
-        for (step, lr, _), (loss, norm) in zip(self._seen, values, strict=True):
-            check_finite(loss, step, lr, norm)
-        if together:
-            self._seen = []
+            raise
 
     def _save(self):
         last = self.done == self.total

@@ -49,23 +49,54 @@ def each_seed(main, args):
     return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
 
 
-def search(name, args, values, error_of, rundir):
-    """The options `args` with the combination of {option: values} of least error (%).
+def with_seeds(variants, args):
+    """{name of a network: its options} of {variant: options}, a network for each seed.
 
-    error_of(options, title) trains one trial and returns its validation error. A trial that
-    diverges counts as 100 %. log.jsonl gets every trial of the network `name`, and the choice."""
+    The seeds are --seeds many, from --seed on. With one seed a network is named as its variant."""
+    stages = {}
+    for name, own in variants.items():
+        for seed in range(args.seed, args.seed + args.seeds):
+            stage = name if args.seeds == 1 else f"{name}-s{seed}"
+            stages[stage] = changed(own, seed=seed)
+    return stages
+
+
+def medians_over_seeds(found, stages, rundir):
+    """{metric: {variant: median}} of {metric: {network: value}}; log.jsonl gets all values.
+
+    stages: {network: its options}, as `with_seeds` gives them; options.variant names the group."""
+    variants = list(dict.fromkeys(own.variant for own in stages.values()))
+    medians = {}
+    for metric, row in found.items():
+        medians[metric] = {}
+        for name in variants:
+            values = [row[stage] for stage, own in stages.items() if own.variant == name]
+            rundir.log(event="result", variant=name, metric=metric, values=values)
+            medians[metric][name] = statistics.median(values)
+    return medians
+
+
+def search(args, values, fit, rundir):
+    """The options `args` of a variant with the combination of {option: values} of least error (%).
+
+    fit(stage, options) trains one trial and returns its network and metrics. A trial that diverges
+    counts as 100 %. An option that is 0 is off, and is not searched. log.jsonl gets every trial of
+    args.variant, and the choice."""
+    values = {key: row for key, row in values.items() if getattr(args, key)}
     trials = []
     for trial in itertools.product(*values.values()):
         chosen = dict(zip(values, trial, strict=True))
+        stage = f"tune-{args.variant}-{'-'.join(f'{v:g}' for v in trial)}"
         try:
-            error = error_of(changed(args, **chosen), "-".join(f"{v:g}" for v in trial))
+            _, metrics = fit(stage, changed(args, **chosen))
+            error = metrics["error"]
         except Diverged:
             error = 100.0
-        rundir.log(event="trial", variant=name, val_error=error, **chosen)
+        rundir.log(event="trial", variant=args.variant, val_error=error, **chosen)
         trials.append((error, chosen))
     error, chosen = min(trials, key=lambda trial: trial[0])
-    rundir.log(event="tuned", variant=name, val_error=error, **chosen)
-    print(f"{name}: validation error {error:.2f} % with {chosen}")
+    rundir.log(event="tuned", variant=args.variant, val_error=error, **chosen)
+    print(f"{args.variant}: validation error {error:.2f} % with {chosen}")
     return changed(args, **chosen)
 
 
