@@ -6,8 +6,9 @@
     python eval/tables.py runs/*/last.adversarial.json --scatter clean,apgd-ce trade-off.svg
 
 Checkpoints that differ in nothing but the seed form a row: mean +- sample standard deviation over
-the seeds, and their number n. A row is named by the options in which the rows differ. The same
-network counts once, however many files hold it.
+the seeds, and their number n. A row is named by the fewest options that tell the rows apart. The
+same network counts once, however many files hold it. A folder gives a table for each kind of
+evaluation and each setting below it. Files that are named must belong into one table.
 """
 
 import json
@@ -17,27 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
+from eval import table_files
 
-COLUMNS = {  # title: path in a checkpoint's entry; percent
-    "clean error": ("clean", "error"),
-    "mean corruption error": ("mean_corruption_error",),
-    "extra (4)": ("extra_error",),
-    "ECE clean": ("clean", "ece"),
-    "ECE corrupted": ("mean_corruption_ece",),
-}
-VARIANT_COLUMNS = {  # of fixup_penalty_cifar10.json
-    "clean error": ("error",),
-    "ECE": ("ece",),
-    "training loss": ("training_loss",),
-    "embedding": ("embedding",),
-    "logits": ("logits",),
-}
-STAGE_COLUMNS = {"clean error": ("error",), "mean corruption error": ("corrupted",)}
-FACTS = ("dataset", "split", "images", "source", "corruptions", "severities", "precision")
-ATTACK_FACTS = ("dataset", "split", "images", "norm", "eps", "attacks", "precision")
 NOT_OPTIONS = {"seed", "log_every", "save_every", "eval_every", "corrupted_images", "baseline"}
 NOT_OPTIONS |= {"keep", "save_minutes", "out", "data_dir", "workers", "device"}
-FOREIGN = "no result of eval/corruptions.py or adversarial.py"
 
 
 def parse_args(argv=None):
@@ -59,85 +43,11 @@ def find(paths):
         if not path.is_dir():
             found.append(path)
             continue
-        inside = [p for p in sorted(path.rglob("*.json")) if is_result(p)]
+        inside = [p for p in sorted(path.rglob("*.json")) if table_files.is_result(p)]
         if not inside:
-            raise run.UserError(
-                f"{path}: no results of eval/corruptions.py or adversarial.py there"
-            )
+            raise run.UserError(f"{path}: no results of eval/*.py there")
         found += inside
     return list({path.resolve(): path for path in found}.values())
-
-
-def is_result(path):
-    """Whether a file in a folder holds a table of checkpoints."""
-    try:
-        read(path)
-    except run.UserError:
-        return False
-    return True
-
-
-def read(path):
-    """The results in a file, a list of dicts; UserError when there are none."""
-    try:
-        content = json.loads(Path(path).read_text())
-        if "checkpoints" not in content:
-            return [of_training(path, content)] if "runs" in content else of_parts(content)
-        return [of_evaluation(content)]
-    except OSError as error:
-        raise run.UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise run.UserError(f"{path}: {FOREIGN} ({error!r})") from None
-
-
-def of_parts(content):
-    """The results of a file that has one for each seed, as nofrost_cifar10.json."""
-    if not content:
-        raise KeyError("checkpoints")
-    return [of_evaluation(part) for part in content.values()]
-
-
-def of_evaluation(content):
-    content = content.get("settings", {}) | content
-    return {key: content[key] for key in (*facts(content), "checkpoints")}
-
-
-def of_training(path, content):
-    """The result in a record of trainings: fixup_penalty's variants, or ct.py's stages."""
-    entries = []
-    runs = content["runs"]
-    if isinstance(runs, dict):
-        for name, values in runs.items():
-            variant, _, seed = name.rpartition("-s")
-            options = {"variant": variant, "seed": int(seed)}
-            entries.append({"error": values["error"], **values, "options": options})
-        columns = VARIANT_COLUMNS
-    else:
-        for values in runs:
-            for stage in ("teacher", "baseline", "student"):
-                entry = {"error": values[f"error/{stage}"]}
-                entry["corrupted"] = values.get(f"corrupted/{stage}")
-                entries.append({**entry, "stage": stage, "options": {"seed": values["seed"]}})
-        columns = STAGE_COLUMNS
-    return {"kind": Path(path).name, "what": content["what"], "columns": columns,
-            "checkpoints": entries}  # fmt: skip
-
-
-def facts(result):
-    """What must be equal for two files to share a table."""
-    if "columns" in result:
-        return ("kind",)
-    return ATTACK_FACTS if "attacks" in result else FACTS
-
-
-def columns(result):
-    """{title: path in a checkpoint's entry}, percent."""
-    if "columns" in result:
-        return result["columns"]
-    if "attacks" not in result:
-        return COLUMNS
-    rows = {row: ("accuracy", row) for row in result["attacks"]}
-    return {"clean": ("accuracy", "clean")} | rows
 
 
 def settings(entry):
@@ -147,7 +57,7 @@ def settings(entry):
         idle = ("distance", "match", "temperature", "student_init")
         options = {k: v for k, v in options.items() if k not in idle and "teacher" not in k}
     keys = ("method", "stage", "arch", "norm", "gamma", "adapt", "adapt_source")
-    return options | {k: entry.get(k) for k in keys}
+    return options | {k: entry[k] for k in keys if entry.get(k) is not None}
 
 
 def identity(entry):
@@ -163,49 +73,55 @@ def lookup(entry, keys):
     return entry
 
 
-def grouped(results):
+def grouped(entries):
     """[(options, entries)]: the entries of one method, each network once."""
-    entries = {}
-    total = 0
-    for result in results:
-        for entry in result["checkpoints"]:
-            total += 1
-            entries.setdefault(identity(entry), entry)
-    if len(entries) < total:
-        again = total - len(entries)
+    once = {}
+    for entry in entries:
+        once.setdefault(identity(entry), entry)
+    if len(once) < len(entries):
+        again = len(entries) - len(once)
         print(f"{again} results of networks already read: each counts once", file=sys.stderr)
     groups = {}
-    for entry in entries.values():
+    for entry in once.values():
         groups.setdefault(json.dumps(settings(entry), sort_keys=True), []).append(entry)
     return [(json.loads(key), group) for key, group in groups.items()]
 
 
-def described(first):
-    """The line below the table: what the numbers are."""
-    if "what" in first:
-        return first["what"]
-    start = f"{first['dataset']} {first['split']}, {first['images']} images; "
-    if "attacks" in first:
-        return start + (
-            f"{first['norm']} eps {first['eps']:g}/255; attacked in {first['precision']}; "
-            "accuracy in %"
+def tables_of(results, *, several):
+    """[(result, entries)]: what belongs into one table. Raises UserError where that is more than
+    one table and not `several`."""
+    tables = {}
+    for result in results:
+        key = json.dumps([result.kind, result.facts], sort_keys=True)
+        first, entries = tables.setdefault(key, (result, []))
+        first.columns.update(result.columns)
+        entries += result.entries
+    tables = list(tables.values())
+    if several or len(tables) == 1:
+        return tables
+    first, second = tables[0][0], tables[1][0]
+    if first.kind != second.kind:
+        raise run.UserError(
+            f"the files are of {first.kind} and of {second.kind}: their numbers do not belong into "
+            "one table; give each alone, or a folder"
         )
-    return start + (
-        f"{first['source']}; {len(first['corruptions'])} corruptions, severities "
-        f"{first['severities']}; evaluated in {first['precision']}; error and ECE in %"
+    fact = next(f for f in first.facts if first.facts[f] != second.facts[f])
+    raise run.UserError(
+        f"the files differ in {fact} ({first.facts[fact]}, {second.facts[fact]}): their numbers do "
+        "not belong into one table"
     )
 
 
-def draw(scatter, shown, titles, groups):
+def draw(scatter, columns, titles, groups):
     """Write the SVG of --scatter: a point for each row, bars of one standard deviation."""
     names, path = scatter[0].split(","), scatter[1]
-    if len(names) != 2 or not set(names) <= set(shown):
-        raise run.UserError(f"--scatter {scatter[0]}: two of these columns: {', '.join(shown)}")
+    if len(names) != 2 or not set(names) <= set(columns):
+        raise run.UserError(f"--scatter {scatter[0]}: two of these columns: {', '.join(columns)}")
     points = {}
     for title, (_, entries) in zip(titles, groups, strict=True):
         point = []
         for name in names:
-            values = [lookup(entry, shown[name]) for entry in entries]
+            values = [lookup(entry, columns[name]) for entry in entries]
             if None not in values:
                 deviation = statistics.stdev(values) if len(values) > 1 else 0.0
                 point += [statistics.mean(values), deviation]
@@ -213,7 +129,7 @@ def draw(scatter, shown, titles, groups):
             points[title] = point
     if not points:
         raise run.UserError(f"--scatter {scatter[0]}: no row has both columns")
-    across, up = (name if "loss" in name else f"{name} (%)" for name in names)
+    across, up = (f"{name} (%)" if is_percent(name) else name for name in names)
     try:
         run.scatter_chart(path, f"{names[1]} against {names[0]}", points, across, up)
     except OSError as error:
@@ -221,38 +137,56 @@ def draw(scatter, shown, titles, groups):
     print(f"written: {path}")
 
 
-def main(args):
-    results = [result for path in find(args.files) for result in read(path)]
-    for result in results[1:]:
-        for fact in facts(results[0]):
-            if result.get(fact) != results[0].get(fact):
-                raise run.UserError(
-                    f"the files differ in {fact} ({results[0].get(fact)}, {result.get(fact)}): "
-                    "their numbers do not belong into one table"
-                )
-    shown = columns(results[0])
-    groups = grouped(results)
-    titles = run.row_titles([options for options, _ in groups])
-    if args.names:
-        if len(args.names) != len(titles):
-            raise run.UserError(f"--names: {len(args.names)} names for {len(titles)} rows")
-        titles = args.names
-    header = ["", *shown, "n"]
+def is_percent(column):
+    """Whether the numbers of a column are percent, and its title does not say so."""
+    words = ("error", "ece", "clean", "accuracy", "pgd", "apgd", "auto", "worst", "fab", "square")
+    found = any(word in column.lower() for word in words)
+    return found and "%" not in column
+
+
+def rows_of(columns, titles, groups, *, per_seed):
+    """The rows of a table: title, mean +- deviation of each column, n; below it each seed."""
     rows = []
     for title, (_, entries) in zip(titles, groups, strict=True):
-        cells = [[lookup(entry, keys) for entry in entries] for keys in shown.values()]
+        cells = [[lookup(entry, keys) for entry in entries] for keys in columns.values()]
         rows.append([title, *map(run.mean_sd, cells), len(entries)])
-        if args.per_seed:
-            for i, entry in enumerate(entries):
-                numbers = ["-" if values[i] is None else values[i] for values in cells]
-                rows.append([f"  seed {entry['options'].get('seed')}", *numbers, ""])
-    form = run.form_of(args)
-    print(run.format_table(rows, header, form))
-    if form in ("text", "markdown"):
-        print("\n" + described(results[0]))
-    if args.scatter:
-        draw(args.scatter, shown, titles, groups)
-    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+        for i, entry in enumerate(entries if per_seed else ()):
+            numbers = ["-" if values[i] is None else values[i] for values in cells]
+            rows.append([f"  seed {entry.get('options', {}).get('seed', i)}", *numbers, ""])
+    return rows
+
+
+def main(args):
+    """Print the tables; returns {title of a row: {column: cell}}, where there are several tables
+    with the kind of the table before the title."""
+    results = [result for path in find(args.files) for result in table_files.read(path)]
+    tables = tables_of(results, several=any(Path(path).is_dir() for path in args.files))
+    if len(tables) > 1 and (args.names or args.scatter):
+        kinds = ", ".join(result.kind for result, _ in tables)
+        raise run.UserError(
+            f"--names and --scatter are for one table, here are {len(tables)} ({kinds}): name the "
+            "files"
+        )
+    form, every = run.form_of(args), {}
+    for number, (result, entries) in enumerate(tables):
+        groups = grouped(entries)
+        titles = run.row_titles([options for options, _ in groups])
+        if args.names:
+            if len(args.names) != len(titles):
+                raise run.UserError(f"--names: {len(args.names)} names for {len(titles)} rows")
+            titles = args.names
+        header = ["", *result.columns, "n"]
+        rows = rows_of(result.columns, titles, groups, per_seed=args.per_seed)
+        if len(tables) > 1:
+            print(("\n" if number else "") + f"{result.kind}\n")
+        print(run.format_table(rows, header, form))
+        if form in ("text", "markdown"):
+            print("\n" + result.what)
+        if args.scatter:
+            draw(args.scatter, result.columns, titles, groups)
+        start = f"{result.kind}: " if len(tables) > 1 else ""
+        every |= {start + row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    return every
 
 
 if __name__ == "__main__":

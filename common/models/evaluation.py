@@ -153,7 +153,8 @@ def for_evaluation(args, device):
         else:
             label, model, facts = of_checkpoint(path, args)
         model.to(device, memory_format=torch.channels_last)
-        networks.append((label, model, facts | {"checkpoint": path}))
+        facts = facts | {"checkpoint": path, "weights": run.weights_digest(model)}
+        networks.append((label, model, facts))
     labels = [label for label, _, _ in networks]
     for k, (label, model, facts) in enumerate(networks):
         if labels.count(label) > 1:  # runs of the same name: by their paths

@@ -18,6 +18,10 @@ import torch
 from common.run.checkpoint import versions
 from common.run.errors import UserError
 
+# Options that name a row best, in this order, and those whose value needs no name before it.
+TELLING = ("row", "variant", "stage", "method", "norm", "arch", "lam", "gamma", "adapt", "lr")
+SELF_EVIDENT = ("row", "variant", "stage", "arch")
+
 
 class Results:
     """The files of one evaluation. Whether they can be written is tried before any work.
@@ -230,12 +234,26 @@ def mean_sd(values):
 
 
 def row_titles(options):
-    """A title for each dict of options, from those options in which the dicts differ."""
+    """A title for each dict of options, from the fewest options that tell the dicts apart; those
+    that say most come first."""
     every = sorted({name for o in options for name in o})
-    differ = [n for n in every if len({json.dumps(o.get(n)) for o in options}) > 1]
+    every.sort(key=lambda name: TELLING.index(name) if name in TELLING else len(TELLING))
+    chosen, apart = [], 1
+    for name in every:
+        found = len({json.dumps([o.get(n) for n in [*chosen, name]]) for o in options})
+        if found > apart:
+            chosen.append(name)
+            apart = found
+    for name in chosen[::-1]:  # one that a later one makes needless
+        others = [n for n in chosen if n != name]
+        if len({json.dumps([o.get(n) for n in others]) for o in options}) == apart:
+            chosen = others
     titles = []
     for option in options:
-        words = [f"{n} {option[n]}" for n in differ if option.get(n) is not None]
+        words = [
+            str(option[n]) if n in SELF_EVIDENT else f"{n} {option[n]}"
+            for n in chosen if option.get(n) is not None
+        ]  # fmt: skip
         titles.append(", ".join(words) or "all")
     return titles
 
