@@ -4,8 +4,6 @@ import statistics
 
 from common.run.results import table
 
-WIDTH = 68  # of the commands under "Next:", so that what they show stands in one column
-
 
 def accuracy_columns(errors, titles):
     """{title: {network: accuracy %}} of {metric: {network: error %}}, in the order of titles."""
@@ -16,7 +14,7 @@ def accuracy_columns(errors, titles):
     }
 
 
-def print_table(columns, first="accuracy %, higher is better", floats=".2f"):
+def print_table(columns, first="accuracy %, high is good", floats=".2f"):
     """Print {title: {row: number}}: a line per row, "-" where a column lacks it."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
@@ -26,8 +24,9 @@ def print_table(columns, first="accuracy %, higher is better", floats=".2f"):
 def print_findings(paper, here, following):
     """Print what the paper claims, what this run found, and commands {command: what it shows}."""
     print(f"\nPaper: {paper}\nHere: {here}\n\nNext:")
+    width = max(map(len, following))
     for command, shows in following.items():
-        print(f"  {command:{WIDTH}}  # {shows}")
+        print(f"  {command:{width}}  # {shows}")
 
 
 def print_average(found, metric, networks, parts):
