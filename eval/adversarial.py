@@ -104,7 +104,7 @@ def parse_args(argv=None):
 
 def attack_names(text):
     """[(title, name, whether the attack gets only what the one before left)] of --attacks."""
-    plan = []
+    plan, single = [], {}
     series = {
         "standard": ("AutoAttack", attacks.STANDARD), "apgd": ("apgd", attacks.STANDARD[:2]),
         "fast": ("fast", attacks.FAST),
@@ -116,7 +116,9 @@ def attack_names(text):
         elif name == "sweep":
             plan += [(f"sweep: {part}", part, False) for part in SWEEP]
         else:
-            attacks.parse(name)
+            same = single.setdefault(attacks.parse(name), name)
+            if same != name:
+                raise run.UserError(f"--attacks: {name} is {same}: name each once")
             plan.append((name, name, False))
     titles = [title for title, _, _ in plan]
     for title in titles:
@@ -504,7 +506,7 @@ def evaluate(args, device, precision, networks, name, images, settings, results)
         f"{name} test, {limit_note} images; {args.norm} eps {args.eps:g}/255, seed {args.seed}, "
         f"{precision.name}; accuracy in %"
     )
-    general = [flag for flag in [attacks.check_eps(args.eps, args.norm)] if flag]
+    general = [flag for flag in [attacks.check_eps(args.eps, args.norm, args.alpha)] if flag]
     if any(row.startswith("fast") for row, _, _ in args.attacks):
         general.append(
             "fast is APGD-CE and APGD towards 5 classes, not AutoAttack: publish numbers of "

@@ -105,13 +105,10 @@ def parse_args(argv=None):
 
 def image_counts(text):
     """argparse type of --adapt: positive numbers, or "all", each once."""
-    chosen = text.split(",")
-    if len(set(chosen)) < len(chosen):
-        raise run.UserError(f"--adapt {text}: name each number once")
-    for word in chosen:
+    for word in text.split(","):
         if word != "all" and not (word.isdecimal() and int(word) > 0):
             raise run.UserError(f"--adapt {word}: give numbers of images above 0, or all")
-    return [word if word == "all" else int(word) for word in chosen]
+    return run.listed(lambda word: word if word == "all" else int(word))(text)
 
 
 # --- what is evaluated ----------------------------------------------------------------------------
@@ -165,6 +162,11 @@ def score(columns, images, kind, parts, args, precision):
         source = args.adapt_source
         with models.adapted(column.model, parts(rows), len(rows), source, precision) as model:
             metrics.append(run.evaluate(model, share, *options))
+    for column, values in zip(columns, metrics, strict=True):
+        warning = run.not_finite(values)
+        if warning and "warnings" not in column.entry:  # once for a network
+            column.entry["warnings"] = [warning]
+            print(f"warning: {column.title}: {warning}", file=sys.stderr)
     return metrics
 
 

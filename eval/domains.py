@@ -137,8 +137,10 @@ def evaluate(path, cache, args, precision, device):
     model.to(device, memory_format=torch.channels_last)
     found = {}
     for column, images in cache[key].items():
-        error = run.evaluate(model, images, precision, args.batch_size)["error"]
-        found[column] = 100 - error
+        values = run.evaluate(model, images, precision, args.batch_size)
+        found[column] = 100 - values["error"]
+        if warning := run.not_finite(values):
+            print(f"warning: {path}, {column}: {warning}", file=sys.stderr)
     if dataset in data.IN9_TESTS:
         found["BG-gap"] = found["mixed-same"] - found["mixed-rand"]
     facts = {k: checkpoint.get(k) for k in ("method", "stage", "arch", "norm", "step")}

@@ -97,7 +97,8 @@ def parse_args(argv=None):
 
 
 def measures(text):
-    chosen = text.split(",")
+    """argparse type of --measures: names of MEASURES, each once."""
+    chosen = run.listed(str)(text)
     for name in chosen:
         if name not in MEASURES:
             raise run.UserError(f"--measures {name}: choose from {', '.join(MEASURES)}")

@@ -28,7 +28,7 @@ def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     parser.add_argument("files", nargs="+", help="JSON files of eval scripts, or folders of them")
     parser.add_argument("--per-seed", action="store_true", help="print every seed's number too")
-    parser.add_argument("--names", type=lambda text: text.split(","), help="titles of the rows")
+    parser.add_argument("--names", type=run.listed(str), help="titles of the rows")
     parser.add_argument(
         "--scatter", nargs=2, metavar=("X,Y", "SVG"), help="draw two columns against each other"
     )
@@ -115,7 +115,7 @@ def tables_of(results, *, several):
 def draw(scatter, columns, titles, groups):
     """Write the SVG of --scatter: a point for each row, bars of one standard deviation."""
     names, path = scatter[0].split(","), scatter[1]
-    if len(names) != 2 or not set(names) <= set(columns):
+    if len(names) != 2 or len(set(names)) < 2 or not set(names) <= set(columns):
         raise run.UserError(f"--scatter {scatter[0]}: two of these columns: {', '.join(columns)}")
     points = {}
     for title, (_, entries) in zip(titles, groups, strict=True):

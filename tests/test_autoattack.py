@@ -642,6 +642,14 @@ def test_eps_that_is_clearly_a_fraction():
         assert attacks.check_eps(eps, norm) is None
 
 
+def test_alpha_that_is_clearly_a_fraction():
+    """2/255 as 0.0078 moves no image across a ball of 8; a small step in a small ball does."""
+    assert "--alpha 1.989" in attacks.check_eps(8, "linf", 0.0078)
+    assert "--alpha 14.99" in attacks.check_eps(128, "l2", 0.0588)
+    for eps, alpha in ((8, None), (8, 0.8), (8, 0.1), (0.5, 0.0078)):
+        assert attacks.check_eps(eps, "linf", alpha) is None
+
+
 def test_an_empty_batch_in_l2():
     """gpu.md, B3: the bound on eps does not depend on the number of images."""
     net, x, y = linear()

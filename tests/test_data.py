@@ -74,6 +74,7 @@ def test_npz(tmp_path):
         ({"y_test": np.array([0, 1, 2, 255] * 2 + [0])}, "labels up to 255 but only 4 classes"),
         ({"y_test": np.array([2**64 - 1] * 9, np.uint64)}, "negative labels"),
         ({"y_train": np.full(60, 2**40)}, "but only 4 classes"),
+        ({"y_test": np.array([0, 1, 2, 4] * 2 + [0])}, "labels up to 4 but only 4 classes"),
         ({"x_test": np.zeros((9, 16, 16, 3), np.uint8)}, "32 pixels a side and x_test 16"),
         ({"classes": np.array([["a"], ["b"], ["c"]])}, r"must be names \(K,\)"),
         ({"classes": np.array(["a"])}, "1 class names for labels up to 2"),
@@ -84,6 +85,13 @@ def test_bad_npz(tmp_path, change, text):
     npz(tmp_path / "cifar10.npz", **change)
     with pytest.raises(UserError, match=text):
         data.load("cifar10", tmp_path)
+
+
+def test_a_class_of_one_split_is_named(tmp_path, capsys):
+    """A sentinel beside the last class looks so; a sample without a class does too."""
+    npz(tmp_path / "cifar10.npz", y_train=np.where(np.arange(60) == 7, 3, np.arange(60) % 3))
+    data.load("cifar10", tmp_path)
+    assert "only train has images of 1 classes: 3\n" in capsys.readouterr().err
 
 
 def test_truncated_npz(tmp_path):

@@ -382,8 +382,11 @@ def test_two_runs_of_one_name(folder):
     evaluate(folder, *paths, "--attacks", "fgsm", "--save", folder / "adv.pt")
     saved = run.load_checkpoint(folder / "adv.pt", foreign=True)["networks"]
     assert list(saved) == [str(path) for path in paths]
-    with pytest.raises(UserError, match="the same checkpoint is given twice"):
-        evaluate(folder, paths[0], paths[0], "--attacks", "fgsm")
+    link = folder / "link.pt"
+    link.symlink_to(paths[0])
+    for again in (paths[0], link, folder / "r", folder / "other" / ".." / "r" / "last.pt"):
+        with pytest.raises(UserError, match=r"is the same checkpoint as .*last\.pt"):
+            evaluate(folder, paths[0], again, "--attacks", "fgsm")
 
 
 def test_attacks_that_need_more_classes(folder):
@@ -642,6 +645,7 @@ def test_two_evaluations_of_one_file(folder):
         (["--eps", "20000", "--norm", "l2"], "whole box is 14134/255 across"),
         (["--attacks", "pdg-20"], "there is no attack 'pdg-20'"),
         (["--attacks", "pgd,pgd"], "pgd is there twice"),
+        (["--attacks", "pgd-5,pgd-05"], "pgd-05 is pgd-5: name each once"),
         (["--limit", "17"], "--limit 17: there are only 16"),
         (["--arch", "resnet8"], "--arch goes with"),
         (["--attacks", "fgsm", "--json", "/proc/x/y.json"], "cannot write"),

@@ -144,6 +144,28 @@ def test_damaged_release(folder, damage, text):
         evaluate(folder, folder / "r", "--corruptions", "fog")
 
 
+def test_logits_that_are_not_finite(folder, capsys):
+    """All are misclassified, and a line on stderr and one in the results says why."""
+    model = checkpoint(folder / "r" / "last.pt")
+    model.fc.bias.data.fill_(torch.nan)
+    content = run.load_checkpoint(folder / "r" / "last.pt")
+    run.save_checkpoint(folder / "r" / "last.pt", content | {"model": model.state_dict()})
+    result = evaluate(folder, folder / "r", "--corruptions", "contrast", "--severities", "1,3")
+    assert result["checkpoints"][0]["error"]["contrast"] == [100, 100]
+    assert "are not finite" in result["checkpoints"][0]["warnings"][0]
+    assert capsys.readouterr().err.count("warning: r: the logits of some images") == 1
+
+
+def test_a_damaged_frost_texture(folder):
+    """It is found before the first evaluation."""
+    checkpoint(folder / "r" / "last.pt")
+    (folder / "frost").mkdir()
+    for name in corruptions.weather.FROST_FILES:
+        (folder / "frost" / name).write_bytes(b"\x89PNG damaged")
+    with pytest.raises(UserError, match=r"frost1.png: no whole picture"):
+        evaluate(folder, folder / "r", "--corruptions", "frost")
+
+
 def test_foreign_state_dict(folder):
     model = checkpoint(folder / "own.pt")
     state = {f"module.{k}": v for k, v in model.state_dict().items() if "normalize" not in k}
@@ -176,7 +198,7 @@ def test_tensorboard_grid(folder):
         (["x.pt", "--corruptions", "rain"], "rain is not one of"),
         (["x.pt", "--severities", "0"], "severities are 1 to 5"),
         (["x.pt", "--adapt", "0"], "numbers of images above 0"),
-        (["x.pt", "--adapt", "8,8"], "each number once"),
+        (["x.pt", "--adapt", "8,8"], "twice: name each once"),
         (["x.pt", "--gamma", "1.5"], "from 0 to 1"),
         (["x.pt", "--limit", "-1"], "at least 0"),
         (["x.pt", "--mean", "1,2"], "three numbers"),

@@ -1,6 +1,7 @@
 """Published sizes, the contract of every network, and other projects' weights at their accuracy."""
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -111,6 +112,33 @@ def test_normalisation_is_inside_and_saved():
     y = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(a(x), b(y))
     assert {"normalize.mean", "normalize.std"} <= a.state_dict().keys()
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)), (HALF, (63.0, 62.1, 66.7)),
+        ((-0.1, 0.5, 0.5), HALF), (HALF, (0.5, 0.0, 0.5)), (HALF, (-0.5, 0.5, 0.5)),
+        ((math.nan, 0.5, 0.5), HALF), (HALF, (math.nan, 0.5, 0.5)), (HALF, (math.inf, 0.5, 0.5)),
+    ],
+)  # fmt: skip
+def test_statistics_that_are_not_of_images_in_0_1(mean, std):
+    """Refused wherever they come from: arguments, another project's buffers, a checkpoint."""
+    with pytest.raises(UserError, match=r"not of images in \[0,1\]"):
+        models.build("resnet8", mean=mean, std=std)
+    model = models.build("resnet8", mean=HALF, std=HALF)
+    state = model.state_dict() | {
+        "normalize.mean": torch.tensor(mean).view(1, 3, 1, 1),
+        "normalize.std": torch.tensor(std).view(1, 3, 1, 1),
+    }
+    with pytest.raises(UserError, match=r"not of images in \[0,1\]"):
+        models.from_checkpoint(model.spec | {"model": state})
+    _, found = weights.without_statistics(state)
+    with pytest.raises(UserError, match=r"not of images in \[0,1\]"):
+        models.build("resnet8", mean=found[0], std=found[1])
 
 
 def test_torchvision_resnets_agree():

@@ -51,6 +51,17 @@ def test_metrics_by_hand():
     assert result["loss"] == pytest.approx(want.item())
 
 
+def test_metrics_of_logits_that_are_not_finite():
+    """NaN decides nothing, nor infinity beside infinity; a single one does, as in an attack."""
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor([[9.0, nan], [inf, inf], [1.0, inf], [1.0, inf], [9.0, -inf]])
+    result = run.metrics(logits, torch.tensor([0, 0, 1, 0, 0]))
+    assert result["error"] == pytest.approx(60)  # NaN, two infinities, and the fourth
+    assert result["ece"] == pytest.approx(20)
+    assert "not finite" in run.not_finite(result)
+    assert run.not_finite(run.metrics(torch.zeros(2, 2), torch.zeros(2).long())) is None
+
+
 def test_evaluate_restores_modes_and_ignores_batch_size():
     model = models.build("allconv").train()
     model.body[1].eval()  # a submodule somebody froze
@@ -353,6 +364,15 @@ def test_a_value_of_args_json_that_no_run_writes(tmp_path, name, value):
     (tmp_path / "args.json").write_text(json.dumps(options | {name: value}))
     with pytest.raises(UserError, match=rf"args.json: {name} is .*no run writes"):
         parse("--resume", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(str, "bn,gn,bn"), (int, "1,01"), (run.positive(float), "0.1,3,1e-1")]
+)
+def test_nothing_is_listed_twice(kind, text):
+    assert run.listed(kind)(text.rpartition(",")[0])
+    with pytest.raises(argparse.ArgumentTypeError, match="there twice"):
+        run.listed(kind)(text)
 
 
 def test_a_log_that_is_no_file(tmp_path):

@@ -293,19 +293,24 @@ def whole(label):
     return label.long()
 
 
-def check_eps(eps, norm="linf"):
-    """A warning where eps is clearly given in units of the whole range instead of 1/255, else None.
+def check_eps(eps, norm="linf", alpha=None):
+    """A warning where eps or alpha is clearly given in units of the whole range, else None.
 
     8/255 is 0.0314. Radii in units of 1/255 below 0.5 (Linf) are smaller than a grey level, and
-    below 8 (L2) they are smaller than 1/32.
+    below 8 (L2) they are smaller than 1/32. Steps below a hundredth of eps do not cross the ball.
     """
     least = 0.5 if norm == "linf" else 8
-    if not 0 < eps < least:
-        return None
-    return (
-        f"eps {eps:g} is in units of 1/255, so this {norm} radius is {eps / 255:.2g}: if you meant "
-        f"{eps:g} of the range [0,1], give --eps {255 * eps:g}"
-    )
+    if 0 < eps < least:
+        return (
+            f"eps {eps:g} is in units of 1/255, so this {norm} radius is {eps / 255:.2g}: if you "
+            f"meant {eps:g} of the range [0,1], give --eps {255 * eps:g}"
+        )
+    if alpha is not None and 0 < alpha < eps / 100:
+        return (
+            f"alpha {alpha:g} is in units of 1/255 and too small for eps {eps:g}: if you meant "
+            f"{alpha:g} of the range [0,1], give --alpha {255 * alpha:g}"
+        )
+    return None
 
 
 def check_arguments(x, y, eps, alpha, steps, norm, loss, target, restarts, random_start, mode):

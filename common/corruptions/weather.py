@@ -102,6 +102,7 @@ def frost_textures(frost_dir=None, data_dir="data"):
                 f"frost textures: {frost_dir} has no {missing[0]}; put the original's "
                 f"{', '.join(FROST_FILES)} there, or leave the option out for procedural frost"
             )
+        _read_frost(Path(frost_dir))
         return Path(frost_dir), "official"
     folders = [Path(data_dir) / "frost"]
     package = importlib.util.find_spec("imagecorruptions")
@@ -109,19 +110,30 @@ def frost_textures(frost_dir=None, data_dir="data"):
         folders.append(Path(package.origin).parent / "frost")
     for folder in folders:
         if all((folder / name).is_file() for name in FROST_FILES):
+            _read_frost(folder)
             return folder, "official"
     return None, "procedural"
 
 
 @functools.lru_cache
+def _read_frost(folder):
+    """The five textures of a folder, uint8 (H,W,3). Raises UserError where one is damaged."""
+    from PIL import Image
+
+    textures = []
+    for name in FROST_FILES:
+        try:
+            textures.append(np.array(Image.open(folder / name).convert("RGB")))
+        except Exception as error:  # Pillow raises half a dozen types for broken files
+            reason = str(error).splitlines()[0][:80]
+            raise run.UserError(f"{folder / name}: no whole picture ({reason})") from None
+    return textures
+
+
+@functools.lru_cache
 def _frost_canvas(folder, scale, device):
     """The five textures at this scale, (5,3,H,W) uint8, padded to one size, and their sizes."""
-    if folder is not None:
-        from PIL import Image
-
-        textures = [np.array(Image.open(folder / name).convert("RGB")) for name in FROST_FILES]
-    else:
-        textures = _procedural_frost()
+    textures = _procedural_frost() if folder is None else _read_frost(folder)
     if FROST_ZOOM[scale] != 1:
         textures = [_resize(texture, FROST_ZOOM[scale]) for texture in textures]
     sizes = torch.tensor([t.shape[:2] for t in textures])

@@ -107,12 +107,16 @@ def read_npz(path):
             f"{path}: the labels are {first} to {count - 1}; number the classes from 0 (in SVHN's "
             ".mat files the digit 0 is 10: take y % 10)"
         )
-    seen = len(torch.cat([p.y for p in parts]).unique())
-    if "classes" not in arrays and count > 2 * seen:  # a sentinel, as 255, or not numbered from 0
+    seen = [set(p.y.unique().tolist()) for p in parts]
+    if "classes" not in arrays and len(seen[0] | seen[1]) < count:  # as of the sentinel 255
         raise UserError(
-            f"{path}: labels up to {count - 1} but only {seen} classes have images; number the "
-            "classes without gaps, or add an array `classes` of all names"
+            f"{path}: labels up to {count - 1} but only {len(seen[0] | seen[1])} classes have "
+            "images; number the classes without gaps, or add an array `classes` of all names"
         )
+    for k, split in enumerate(("train", "test")):
+        if alone := sorted(seen[k] - seen[1 - k]):
+            some = ", ".join(map(str, alone[:5])) + (", ..." if len(alone) > 5 else "")
+            trees.note(f"{path}: only {split} has images of {len(alone)} classes: {some}")
     classes = arrays.get("classes", np.arange(count))
     if classes.ndim != 1:
         raise UserError(f"{path}: classes must be names (K,), is {classes.dtype} {classes.shape}")

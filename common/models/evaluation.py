@@ -132,6 +132,14 @@ def place_of(facts):
     return Path(place.replace(".py:", "-") if is_own(place) else place)
 
 
+def file_of(path):
+    """What a path names: the file at the end of its links, or "torchvision:NAME"."""
+    if path.startswith("torchvision:"):
+        return path
+    place = Path(path)
+    return (place / "last.pt" if place.is_dir() else place).resolve()
+
+
 def for_evaluation(args, device):
     """Networks of `add_arguments`: ([(label, model, facts)], name of the one data set of all).
     facts: what the results file says of a network; its options are without paths."""
@@ -140,6 +148,10 @@ def for_evaluation(args, device):
         paths = [args.arch]
     if not paths:
         raise UserError("a checkpoint is required: runs/x/last.pt, torchvision:NAME, FILE.py:NAME")
+    files = [file_of(path) for path in map(str, paths)]
+    for k, file in enumerate(files):
+        if file in files[:k]:
+            raise UserError(f"{paths[k]} is the same checkpoint as {paths[files.index(file)]}")
     networks = []
     for path in map(str, paths):
         if path.startswith("torchvision:"):
@@ -159,8 +171,6 @@ def for_evaluation(args, device):
     for k, (label, model, facts) in enumerate(networks):
         if labels.count(label) > 1:  # runs of the same name: by their paths
             networks[k] = (facts["checkpoint"], model, facts)
-    if len({label for label, _, _ in networks}) < len(networks):
-        raise UserError("the same checkpoint is given twice")
     found = sorted({str(facts["dataset"]) for _, _, facts in networks})
     if len(found) > 1:
         raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")

@@ -31,11 +31,24 @@ class Layers:
         return self.blocks.get(block, block)
 
 
+def check_statistics(mean, std):
+    """Raise UserError for a mean and deviation per channel that images in [0,1] cannot have. With
+    those of 0..255 every image would be nearly the same, and the error that of chance."""
+    mean, std = (v.flatten().tolist() if torch.is_tensor(v) else v for v in (mean, std))
+    if not all(0 <= v <= 1 for v in mean) or not all(0 < v <= 1 for v in std):  # false for NaN too
+        shown = [",".join(f"{v:g}" for v in values) for values in (mean, std)]
+        raise UserError(
+            f"mean {shown[0]} and std {shown[1]} are not of images in [0,1]: a mean is from 0 to "
+            "1, a deviation above 0 and at most 1; divide those of 0..255 by 255"
+        )
+
+
 class Normalize(nn.Module):
     """(x - mean) / std per channel. Buffers: the checkpoint carries them."""
 
     def __init__(self, mean, std):
         super().__init__()
+        check_statistics(mean, std)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 

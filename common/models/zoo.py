@@ -3,7 +3,7 @@
 import re
 
 from common.models.init import init_fixup, init_glorot, init_he, init_without_norm
-from common.models.layers import Layers
+from common.models.layers import Layers, check_statistics
 from common.models.networks import (
     VGG,
     AllConv,
@@ -210,5 +210,7 @@ def from_checkpoint(checkpoint, named=None):
             f"the checkpoint's weights are no {checkpoint['arch']} with norm {checkpoint['norm']}: "
             f"{len(wrong)} entries differ, as {wrong[0]}"
         )
+    if "normalize.mean" in state:
+        check_statistics(state["normalize.mean"], state["normalize.std"])
     model.load_state_dict(state)
     return model.eval()

@@ -119,10 +119,16 @@ def fraction(text):
 
 
 def listed(kind):
-    """argparse type: values of `kind` with commas between them, as a list."""
+    """argparse type: values of `kind` with commas between them, each once, as a list.
+
+    What is named twice would be trained, counted or averaged twice."""
 
     def parse(text):
-        return [kind(part) for part in text.split(",")]
+        values = [kind(part) for part in text.split(",")]
+        for value in values:
+            if values.count(value) > 1:
+                raise argparse.ArgumentTypeError(f"{value} is there twice: name each once")
+        return values
 
     parse.__name__ = f"list of {kind.__name__}"
     return parse

@@ -1,6 +1,7 @@
 """Predictions and their metrics: error, loss, calibration."""
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,10 @@ def counts(logits, y, bins=15):
     """What `metrics` divides, fp64 (3 + bins,): images, wrong ones, cross-entropy, and per bin of
     confidence its sum less the number right. Counts of parts add up to those of the whole. Logits
     that are NaN, or infinite beside one another, decide nothing: they count as wrong."""
-    confidence, predicted = logits.softmax(1).max(1)
+    confidence = logits.softmax(1).amax(1)
+    predicted = logits.argmax(1)
+    confidence = confidence.where(logits.isposinf().sum(1) != 1, 1.0)  # a single one decides
+    confidence = confidence.where(~logits.isnan().any(1), torch.nan)
     decided = confidence.isfinite()
     wrong = ((predicted != y) | ~decided).double()
     confidence = confidence.nan_to_num(0)
@@ -77,6 +81,16 @@ def metrics_of(counts):
     """error (%), loss (nats), ece (%): expected calibration error over equal bins."""
     n, wrong, loss, *gaps = counts.tolist()
     return {"error": 100 * wrong / n, "loss": loss / n, "ece": 100 * sum(map(abs, gaps)) / n}
+
+
+def not_finite(found):
+    """A warning where `metrics` are of logits that are not all finite, else None."""
+    if math.isfinite(found["loss"]):
+        return None
+    return (
+        "the logits of some images are not finite: an overflow, no decision; they count as "
+        "misclassified; mend the network"
+    )
 
 
 def metrics(logits, y, bins=15):
