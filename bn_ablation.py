@@ -34,7 +34,6 @@ The paper leaves open or contradicts itself on, and here:
 """
 
 import math
-import sys
 from typing import NamedTuple
 
 import torch
@@ -152,11 +151,9 @@ def landscape(probe, params, grads, direction, etas):
         loss, there = probe.gradient(moved)
         losses.append(loss)
         differences.append(distance(grads, there))
-    length = distance(direction, [torch.zeros_like(d) for d in direction])
+    length = distance(direction, [torch.zeros_like(d) for d in direction]).item()
     losses, differences = torch.stack(losses).tolist(), torch.stack(differences).tolist()
-    ratios = [
-        d / (eta * length.item() or math.inf) for d, eta in zip(differences, etas, strict=True)
-    ]
+    ratios = [d / (eta * length or math.inf) for d, eta in zip(differences, etas, strict=True)]
     return {"loss_at": losses, "difference_at": differences, "beta": max(ratios)}
 
 
@@ -199,7 +196,7 @@ def activations(probe, params, units):
 def measure(model, old, grads, batches, step, lr, targets, args):
     """Everything at one step, which has just moved `model` from `old` along `grads`.
 
-    Returns a dict of floats and lists for log.jsonl and {slot: values} for the histograms.
+    Returns a dict of floats and lists for log.jsonl and {tag: values} for the histograms.
     """
     new = {k: p.detach() for k, p in model.named_parameters()}
     seed = run.seed_key(args.seed, "step", step)
@@ -220,42 +217,24 @@ def measure(model, old, grads, batches, step, lr, targets, args):
     values = activations(probe, old, targets["units"])
     following = Probe(model, *batches(step + 1), run.seed_key(args.seed, "step", step + 1), 0)
     following = activations(following, new, targets["units"])
-    row["slots"] = {}
-    for slot, a in values.items():
+    row["slots"], histograms = {}, {}
+    for slot, number in targets["slots"].items():
+        a = histograms[f"slot_{number}"] = values[slot].float()
         q = a.double().quantile(a.new_tensor([0.05, 0.5, 0.95]).double()).tolist()
         (var, mean), (var2, mean2) = (torch.var_mean(v, correction=0) for v in (a, following[slot]))
-        row["slots"][targets["slots"][slot]] = {
+        row["slots"][number] = {
             "mean": mean.item(), "var": var.item(), "quantiles": q,
             "mean_step": abs(mean2 - mean).item(), "var_step": abs(var2 - var).item(),
         }  # fmt: skip
-    return row, values
-
-
-class Gaussian:
-    """The linear network's task: x ~ N(0, I) (1000,10), y = A x, A Gaussian; all in one batch."""
-
-    per_epoch = 1000  # steps between checkpoints; there are no epochs
-
-    batch_size = 1000
-
-    def __init__(self, seed, device, width=10, samples=1000):
-        self.seed = seed
-        rng = run.generator(seed, "gaussian")
-        a = torch.randn(width, width, generator=rng, dtype=torch.float64)
-        x = torch.randn(samples, width, generator=rng, dtype=torch.float64)
-        self.x, self.y = x.to(device), (x @ a.T).to(device)
-
-    def __call__(self, step):
-        return self.x, self.y
+    return row, histograms
 
 
 def build(norm, args, dataset, device):
     """A network for this run; where it starts from Glorot's, all normalisers get equal weights."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
-    if dataset is None:
-        model = models.build(args.arch, norm).double()
-    else:
-        model = models.build(args.arch, norm, **dataset.model_kwargs)
+    model = models.build(args.arch, norm, **dataset.model_kwargs)
+    if args.arch == "dln25":
+        model.double()
     if isinstance(model, (models.VGG, models.DeepLinear)):
         torch.manual_seed(run.seed_key(args.seed, "init"))
         models.init_glorot(model)
@@ -291,23 +270,25 @@ def find_targets(args, dataset):
 class Task(NamedTuple):
     """What the networks are trained, measured and held out on."""
 
-    batches: object  # data.Batches or Gaussian: this process's rows
-    whole: object  # the same with the rows of all processes, for the measurements
+    batches: data.Batches  # this process's rows
+    whole: data.Batches  # the rows of all processes, for the measurements
     held_out: data.Images  # None for the linear network
     targets: dict  # what is probed, see find_targets
-    classes: int
 
 
-def train(stage, model, lr, args, task, rundir, precision, history):
-    """Train `model` in place at a fixed rate, measuring. Returns its final metrics.
+def make_task(dataset, args):
+    if args.arch == "dln25":
+        return Task(dataset, dataset, None, find_targets(args, dataset))
+    settings = (dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
+    batches, whole = data.Batches(*settings), data.Batches(*settings, whole=True)
+    return Task(batches, whole, dataset.val or dataset.test, find_targets(args, dataset))
 
-    stage: name of the norm and the rate. history: the run's rows of log.jsonl, appended to; "step"
-    counts the updates made.
-    """
+
+def train(stage, model, lr, args, task, rundir, precision):
+    """Train `model` in place at a fixed rate, measuring. Returns its final metrics."""
     fused = precision.device.type == "cuda"
     optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, fused=fused)
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, steps=args.steps)
-    history[:] = [r for r in history if r["step"] < loop.start + ("beta" not in r)]
     # The gradient of the trajectory, where a probe has the same: in fp32, one process's noise.
     same = precision.name == "fp32" and run.world() == 1
     for step in loop:
@@ -327,33 +308,18 @@ def train(stage, model, lr, args, task, rundir, precision, history):
         loop.log(loss=loss, **shown)
         if measured:
             loop.check()  # sync point
-            row, values = measure(model, old, grads, task.whole, step, lr, task.targets, args)
-            record(rundir, stage, history, {"step": step, **row})
-            for slot, activation in values.items():
-                tag = f"slot_{task.targets['slots'][slot]}"
-                rundir.writer(stage).add_histogram(tag, activation.float(), step)
+            found = measure(model, old, grads, task.whole, step, lr, task.targets, args)
+            run.record(rundir, stage, step, *found)
         if loop.logs:
-            means = {k: loop.means[k] for k in ("loss", *shown)}
-            record(rundir, stage, history, {"step": loop.done, **means})
+            run.record(rundir, stage, loop.done, {k: loop.means[k] for k in ("loss", *shown)})
 
         if loop.evaluates:
-            found = {}
+            metrics = {}
             if task.held_out:
-                found = run.evaluate(model, task.held_out, precision)
-                record(rundir, stage, history, {"step": loop.done, "test": 100 - found["error"]})
-            loop.report(**{k: v for k, v in found.items() if k == "error"})
+                metrics["error"] = run.evaluate(model, task.held_out, precision)["error"]
+                run.record(rundir, stage, loop.done, {"test": 100 - metrics["error"]})
+            loop.report(**metrics)
     return loop.metrics
-
-
-def record(rundir, stage, history, row):
-    """Append a row of measurements to the history, log.jsonl and TensorBoard's curves."""
-    row = run.finite(row)
-    history.append(row)
-    rundir.log(run=stage, **row)
-    for chart, (value, low, high) in run.charts(row).items():
-        if chart not in ("loss", "accuracy"):
-            ends = {f"{chart}/low": low, f"{chart}/high": high} if low < high else {}
-            rundir.scalars(stage, row["step"], {chart: value} | ends)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -366,50 +332,36 @@ def main(args):
     precision = run.Precision(args.precision, device)
     if precision.name == "fp16":
         raise run.UserError("--precision fp16: steps that its scaler skips would be measured")
-    linear = args.dataset == "gaussian"
-    # Whatever may refuse an option comes before the run directory.
-    if linear:
-        if run.world() > 1:
-            raise run.UserError("--arch dln25: one batch of 1000 small vectors, for one process")
-        dataset = held_out = None
-        batches = whole = Gaussian(args.seed, device)
-    else:
-        dataset = data.from_args(args, device)
-        held_out = dataset.val or dataset.test
-        settings = (dataset.train, args.batch_size, args.seed, args.augment, dataset.flip)
-        batches = data.Batches(*settings)
-        whole = data.Batches(*settings, whole=True)
-    todo = {f"{norm}-lr{lr:g}": (norm, lr) for lr in args.lrs for norm in args.norms}
-    for norm in args.norms:
+    linear = args.arch == "dln25"
+    if linear and run.world() > 1:
+        raise run.UserError("--arch dln25: one batch of 1000 small vectors, for one process")
+    dataset = data.Gaussian(args.seed, device) if linear else data.from_args(args, device)
+    task = make_task(dataset, args)
+    for norm in args.norms:  # whatever may refuse an option comes before the run directory
         build(norm, args, dataset, "cpu")
-    classes = 0 if linear else len(dataset.classes)
-    task = Task(batches, whole, held_out, find_targets(args, dataset), classes)
     rundir = run.RunDir(args, __file__, precision, None, ["loss" if linear else "error"])
-    history = run.read_history(rundir.dir, todo)
 
     ends = {}
-    for name, (norm, lr) in todo.items():
+    for norm, lr in ((norm, lr) for lr in args.lrs for norm in args.norms):
+        name = f"{norm}-lr{lr:g}"
         model = build(norm, args, dataset, device)
         try:
-            ends[name] = train(name, model, lr, args, task, rundir, precision, history[name])
+            ends[name] = train(name, model, lr, args, task, rundir, precision)
         except run.Diverged as error:  # a result, not an error
             ends[name] = {"diverged": error.step}
             rundir.log(run=name, event="diverged", step=error.step)
             print(f"{name}: diverged at step {error.step}")
+        history = run.read_history(rundir.dir, ends)
         run.custom_scalars(rundir.writer(name), run.banded(history[name]))
-    return report(ends, history, task, args, rundir)
+    return report(ends, task, len(dataset.classes), args, rundir)
 
 
-def report(ends, history, task, args, rundir):
+def report(ends, task, num_classes, args, rundir):
     """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
-    summaries = {name: run.medians(rows) | ends.get(name, {}) for name, rows in history.items()}
-    final = {f"{k}/{name}": v for name, summary in summaries.items() for k, v in summary.items()}
+    figures, summaries = run.write_bands(rundir, ends, args)
+    metrics = run.by_metric(summaries)
+    final = {f"{metric}/{k}": v for metric, row in metrics.items() for k, v in row.items()}
     rundir.close(final)
-    figures = rundir.dir / "figures"
-    if run.rank() == 0:
-        run.draw_bands(figures, history, args.step_sizes)
-        result = {"command": " ".join(sys.argv), "options": vars(args), "runs": summaries}
-        run.write_json(rundir.dir / "summary.json", result | {"versions": run.versions()})
 
     first, slot = (next(iter(task.targets[k].values())) for k in ("layers", "slots"))
     shown = {
@@ -418,16 +370,10 @@ def report(ends, history, task, args, rundir):
         f"shift_l2_{first}": f"shift l2 {first}", f"shift_cos_{first}": "cos",
         f"mean_step_{slot}": "mean moves",
     }  # fmt: skip
-    columns = {}
-    for key, title in shown.items():
-        if column := {name: s[key] for name, s in summaries.items() if key in s}:
-            columns[title] = column
-    if "test %" in columns:
-        run.warn_of_chance(columns["test %"], task.classes)
+    columns = {title: metrics[key] for key, title in shown.items() if key in metrics}
+    run.warn_of_chance(columns.get("test %", {}), num_classes)
     run.print_table(columns, "run", ".4g")
-    print(
-        f"{args.dataset}, {args.arch}, seed {args.seed}; loss and accuracies at the end, else the"
-    )
+    print(f"{args.dataset}, {args.arch}, seed {args.seed}; loss and accuracies at the end, else")
     print("median over the measured steps; loss band and gradient change: lower is smoother")
     print(f"figures: {figures.resolve()}")
     paper = "with BatchNorm the loss and its gradient change less along a step."
@@ -445,10 +391,8 @@ def verdict(columns):
     bands, changes = columns.get("loss band", {}), columns.get("gradient change", {})
     if not bands:
         return "nothing was measured."
-    words = [
-        f"{name} loss band {bands[name]:.3g}, gradient change {changes[name]:.3g}"
-        for name in sorted(bands, key=bands.get)
-    ]
+    order = sorted(bands, key=bands.get)
+    words = [f"{k} loss band {bands[k]:.3g}, gradient change {changes[k]:.3g}" for k in order]
     return "; ".join(words) + " (the smoothest loss first)."
 
 

@@ -182,8 +182,7 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
             loop.report(error=error, probe_error=probe_error)
             if args.test_domain:
                 loop.keep_best(-error)
-    if args.test_domain:
-        loop.load_best()
+    loop.load_best()  # kept with --test-domain only
     return loop.metrics
 
 

@@ -322,10 +322,10 @@ def report(networks, dataset, args, rundir, precision):
         eight = dataset.test.take(slice(0, 8))
         picture = attacks.picture(model, eight, dataset.classes, args.eps, args.attack_norm)
         rundir.writer(norm).add_image("attack", picture, rundir.step(norm), dataformats="HWC")
-    final = {f"{metric}/{name}": v for name, row in rows.items() for metric, v in row.items()}
+    errors = run.by_metric(rows)
+    final = {f"{metric}/{k}": v for metric, row in errors.items() for k, v in row.items()}
     rundir.close(final)
 
-    errors = {metric: {name: row[metric] for name, row in rows.items()} for metric in row}
     columns = run.accuracy_columns(errors, {"error": "clean", **JUDGES})
     run.warn_of_chance(columns["clean"], len(dataset.classes))
     run.print_table(columns)

@@ -210,7 +210,7 @@ def setting(arch="vgg11-4", norm="bn", decay=1e-3, n=16):
     torch.manual_seed(0)
     model = models.build(arch, norm).train()
     if arch == "dln25":
-        model, batches = model.double(), bn_ablation.Gaussian(0, "cpu", samples=50)
+        model, batches = model.double(), data.Gaussian(0, "cpu", samples=50)
         x, y = batches(0)
     else:
         x, y = data.shapes.make(n)

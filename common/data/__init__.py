@@ -14,6 +14,7 @@ from common.data.arrays import corrupted_dir, corrupted_labels, read_corrupted, 
 from common.data.augment import POLICIES, augmented, jsd
 from common.data.batches import Batches
 from common.data.files import Files
+from common.data.gaussian import Gaussian
 from common.data.images import Images, crop_flip
 from common.data.mixup import mixup
 from common.data.sets import (
@@ -57,6 +58,7 @@ __all__ = [
     "Batches",
     "DataSet",
     "Files",
+    "Gaussian",
     "Images",
     "Streams",
     "add_arguments",

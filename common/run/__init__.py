@@ -1,6 +1,6 @@
 """Everything around a method: errors, options, device, checkpoints, the run directory, the loop."""
 
-from common.run.bands import banded, charts, draw_bands, medians, read_history
+from common.run.bands import banded, draw_bands, read_history, record, write_bands
 from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
@@ -71,7 +71,7 @@ from common.run.repeat import (
     search,
     with_seeds,
 )
-from common.run.report import accuracy_columns, print_findings, print_table
+from common.run.report import accuracy_columns, by_metric, print_findings, print_table
 from common.run.results import (
     Results,
     add_table_arguments,
@@ -111,10 +111,10 @@ __all__ = [
     "add_table_arguments",
     "banded",
     "by_data",
+    "by_metric",
     "can_compile",
     "captioned",
     "changed",
-    "charts",
     "check_finite",
     "cli",
     "clip_adaptively",
@@ -149,7 +149,6 @@ __all__ = [
     "logits_of",
     "mean",
     "mean_sd",
-    "medians",
     "medians_over_seeds",
     "metrics",
     "metrics_of",
@@ -165,6 +164,7 @@ __all__ = [
     "rank",
     "read_history",
     "read_options",
+    "record",
     "refuse",
     "repeat",
     "row_titles",
@@ -187,5 +187,6 @@ __all__ = [
     "weights_digest",
     "with_seeds",
     "world",
+    "write_bands",
     "write_json",
 ]

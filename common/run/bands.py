@@ -6,8 +6,12 @@ its band goes from the least to the largest.
 
 import json
 import statistics
+import sys
 
 from common.run.chart import line_chart
+from common.run.checkpoint import versions
+from common.run.device import rank, wait
+from common.run.results import finite, write_json
 
 LINEAR_AXIS = ("accuracy", "test", "shift_cos", "slot")  # of charts; the others are logarithmic
 
@@ -30,6 +34,36 @@ def charts(row):
         for key in ("mean_step", "var_step"):
             result[f"{key}_{slot}"] = (v[key],) * 3
     return {k: v for k, v in result.items() if None not in v}
+
+
+def record(rundir, stage, step, row, histograms=None):
+    """Write a row of measurements at a step to log.jsonl and to TensorBoard's curves.
+
+    histograms: {tag: tensor}."""
+    row = finite({"step": step, **row})
+    rundir.log(run=stage, **row)
+    for chart, (value, low, high) in charts(row).items():
+        if chart not in ("loss", "accuracy"):
+            ends = {f"{chart}/low": low, f"{chart}/high": high} if low < high else {}
+            rundir.scalars(stage, step, {chart: value} | ends)
+    for tag, values in (histograms or {}).items():
+        rundir.writer(stage).add_histogram(tag, values, step)
+
+
+def write_bands(rundir, ends, args):
+    """Draw the figures of a run and write summary.json. Returns (folder of the figures, summaries).
+
+    ends: {network: its last metrics}. The summaries are {network: {metric: number}}, of the
+    networks of earlier calls on the same run directory too."""
+    wait()
+    history = read_history(rundir.dir, ends)
+    summaries = {name: medians(rows) | ends.get(name, {}) for name, rows in history.items()}
+    folder = rundir.dir / "figures"
+    if rank() == 0:
+        draw_bands(folder, history, args.step_sizes)
+        result = {"command": " ".join(sys.argv), "options": vars(args), "runs": summaries}
+        write_json(rundir.dir / "summary.json", result | {"versions": versions()})
+    return folder, summaries
 
 
 def banded(rows):
@@ -62,8 +96,9 @@ def draw_bands(folder, history, factors):
 
 
 def read_history(folder, names=()):
-    """{run: rows} of an earlier log.jsonl; what was measured twice at a step
-    counts once, the later."""
+    """{run: rows} of an earlier log.jsonl, in the order of steps.
+
+    What was measured twice at a step, before and after a resume, counts once, the later."""
     history = {name: {} for name in names}
     if (folder / "log.jsonl").exists():
         for line in (folder / "log.jsonl").read_text().splitlines():
@@ -71,7 +106,9 @@ def read_history(folder, names=()):
             if row.get("run") and "event" not in row:
                 name = row.pop("run")
                 history.setdefault(name, {})[(row["step"], *sorted(row))] = row
-    return {name: list(rows.values()) for name, rows in history.items()}
+    return {
+        name: sorted(rows.values(), key=lambda row: row["step"]) for name, rows in history.items()
+    }
 
 
 def medians(rows):

@@ -143,15 +143,16 @@ class Loop:
         self._means.start()
 
     def keep_best(self, score):
-        """Keep the weights of the highest score; `load_best` brings them back."""
+        """Keep the weights of the highest score; `load_best` brings them back, if any."""
         if self.best is None or score > self.best:
             self.best = score
             content = {"step": self.done, "metrics": self.metrics, "model": self.model.state_dict()}
             self.rundir.save_best(self.stage, self.model.spec | content)
 
     def load_best(self):
-        path = self.rundir.dir / self.rundir.best_file(self.stage)
-        self.model.load_state_dict(load_checkpoint(path, self.device)["model"])
+        if self.best is not None:
+            path = self.rundir.dir / self.rundir.best_file(self.stage)
+            self.model.load_state_dict(load_checkpoint(path, self.device)["model"])
 
     # --- after the step -------------------------------------------------------------------------
 
@@ -178,10 +179,9 @@ class Loop:
             raise
 
     def _save(self):
-        last = self.done == self.total
         stop = self._told_to_stop()
-        due = self.done % self.save_steps == 0
-        if last or stop or due or time.monotonic() - self._saved > self.save_seconds:
+        due = self.done % self.save_steps == 0 or self.done == self.total
+        if stop or due or time.monotonic() - self._saved > self.save_seconds:
             self.check(together=False)
             state = {"step": self.done, "total": self.total, "metrics": self.metrics}
             state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}

@@ -14,6 +14,15 @@ def accuracy_columns(errors, titles):
     }
 
 
+def by_metric(rows):
+    """{metric: {network: value}} of {network: {metric: value}}."""
+    found = {}
+    for name, row in rows.items():
+        for metric, value in row.items():
+            found.setdefault(metric, {})[name] = value
+    return found
+
+
 def print_table(columns, first="accuracy %, high is good", floats=".2f"):
     """Print {title: {row: number}}: a line per row, "-" where a column lacks it."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
