@@ -242,13 +242,13 @@ class Found:
 def attack_batch(model, x, y, part, rows, name, args, precision, device, alpha, tick):
     """Attack the images at the positions `part` and look at the fooled ones again, in fp32 and in
     batches of another size. Returns what the state keeps of them."""
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     labels = y[part].to(device)
     adv, fooled, facts = attacks.attack(
         model, x[part].to(device), labels, name, args.eps, args.norm, args.seed, rows[part],
         precision, alpha, tick, args.eot,
     )  # fmt: skip
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - busy
     images, kept = adv[fooled], fooled.cpu()
     lead = torch.zeros(0)
     if len(images):
@@ -258,7 +258,7 @@ def attack_batch(model, x, y, part, rows, name, args, precision, device, alpha, 
     far = attacks.distance(images, run.to_float(x[positions]).float(), args.norm)
     again = lead > 0
     return facts | {
-        "seconds": seconds, "differ": int((~again).sum()), "positions": positions[again],
+        "seconds": seconds, "cpu_seconds": cpu_seconds, "differ": int((~again).sum()), "positions": positions[again],
         "leads": lead[again], "images": images[again].clone(), "nan": int(images.isnan().sum()),
         "largest": far.max().item() if len(far) else 0.0,
         "low": images.min().item() if len(images) else 1.0,
@@ -266,7 +266,7 @@ def attack_batch(model, x, y, part, rows, name, args, precision, device, alpha, 
     }  # fmt: skip
 
 
-COUNTS = ("zero", "lost", "broken", "differ", "forward", "backward", "seconds")
+COUNTS = ("zero", "lost", "broken", "differ", "forward", "backward", "seconds", "cpu_seconds")
 
 
 def attack_network(number, title, model, x, y, rows, args, precision, device, state):
@@ -313,7 +313,7 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
         facts[row] = {
             "attacked": len(todo), "took": len(took), "forward_passes": sums["forward"],
             "backward_passes": sums["backward"], "seconds": round(sums["seconds"], 1),
-            "zero_gradients": sums["zero"], "lost_in_fp32": sums["lost"],
+            "cpu_seconds": round(sums["cpu_seconds"], 1), "zero_gradients": sums["zero"], "lost_in_fp32": sums["lost"],
             "differ_when_judged_again": sums["differ"],
         }  # fmt: skip
         print(
