@@ -258,7 +258,8 @@ def attack_batch(model, x, y, part, rows, name, args, precision, device, alpha, 
     far = attacks.distance(images, run.to_float(x[positions]).float(), args.norm)
     again = lead > 0
     return facts | {
-        "seconds": seconds, "cpu_seconds": cpu_seconds, "differ": int((~again).sum()), "positions": positions[again],
+        "seconds": seconds, "cpu_seconds": cpu_seconds, "differ": int((~again).sum()),
+        "positions": positions[again],
         "leads": lead[again], "images": images[again].clone(), "nan": int(images.isnan().sum()),
         "largest": far.max().item() if len(far) else 0.0,
         "low": images.min().item() if len(images) else 1.0,
@@ -313,7 +314,8 @@ def attack_network(number, title, model, x, y, rows, args, precision, device, st
         facts[row] = {
             "attacked": len(todo), "took": len(took), "forward_passes": sums["forward"],
             "backward_passes": sums["backward"], "seconds": round(sums["seconds"], 1),
-            "cpu_seconds": round(sums["cpu_seconds"], 1), "zero_gradients": sums["zero"], "lost_in_fp32": sums["lost"],
+            "cpu_seconds": round(sums["cpu_seconds"], 1), "zero_gradients": sums["zero"],
+            "lost_in_fp32": sums["lost"],
             "differ_when_judged_again": sums["differ"],
         }  # fmt: skip
         print(

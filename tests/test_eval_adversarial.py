@@ -74,6 +74,7 @@ def without_times(result):
     for entry in result["checkpoints"]:
         for facts in entry["runs"].values():
             facts.pop("seconds")
+            assert facts.pop("cpu_seconds") >= 0
     return {k: v for k, v in result.items() if k != "command"}
 
 
