@@ -459,6 +459,7 @@ def main(args):
     precision = run.Precision(args.precision, device)
     networks, name = models.for_evaluation(args, device)
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
+    networks = models.check_statistics(networks, x, y)
     first = models.place_of(networks[0][2])
     networks = models.with_gamma(networks, args.gamma)
     check_plan(args, networks, x)

@@ -388,6 +388,10 @@ def evaluate_arrays(args, networks, name, device, precision):
     images = Arrays(args, name, networks, device)
     args.corruptions = images.corruptions
     check_adapt(args, len(images.rows))
+    test = images.dataset.test
+    if test.in_memory:
+        few = images.rows[: models.published.IMAGES].to(test.x.device)
+        networks = models.check_statistics(networks, test.x[few], test.y[few])
     columns = columns_of(networks, args)
     facts = {
         "dataset": name, "split": "test", "images": len(images.rows), "limit": args.limit,

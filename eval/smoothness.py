@@ -436,6 +436,7 @@ def main(args):
     device = run.get_device(args.device)
     networks, name = models.for_evaluation(args, device)
     x, y, rows, total = data.for_evaluation(name, networks, args.data_dir, args.limit)
+    networks = models.check_statistics(networks, x, y)
     first = models.place_of(networks[0][2])
     settings = {
         "checkpoints": [facts["checkpoint"] for _, _, facts in networks], "dataset": name,

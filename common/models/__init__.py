@@ -9,6 +9,7 @@ Every network takes images in [0,1] (N,3,H,W), normalises them in its first laye
     logits, maps = model(x, with_stages=True)
 """
 
+from common.models import published
 from common.models.adapt import SOURCE, adapted, batch_norms
 from common.models.evaluation import (
     add_arguments,
@@ -83,6 +84,7 @@ from common.models.norms import (
     use_statistics,
 )
 from common.models.own import Own, build_own, is_own
+from common.models.published import check_statistics
 from common.models.weights import (
     RENAMES,
     copy_matching_weights,
@@ -158,6 +160,7 @@ __all__ = [
     "batch_norms",
     "build",
     "build_own",
+    "check_statistics",
     "constructor",
     "conv_shortcut",
     "copy_matching_weights",
@@ -185,6 +188,7 @@ __all__ = [
     "mix_statistics",
     "place_of",
     "pool",
+    "published",
     "scale_branches",
     "set_drop_path",
     "set_noise",

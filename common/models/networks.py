@@ -256,9 +256,10 @@ class ResNeXt(Net):
 
 class VGG(Net):
     """Simonyan & Zisserman 2015 for 32 pixels: 3x3 convolutions in five stages, each ending in a
-    2x2 max-pool, and one linear layer instead of three. `convs` per stage, `width` of the first."""
+    2x2 max-pool, and one linear layer instead of three. `convs` per stage, `width` of the first.
+    hidden: units of two more linear layers with dropout, as in chenyaofo's; 0 is none."""
 
-    def __init__(self, layers, num_classes, mean, std, convs, width):
+    def __init__(self, layers, num_classes, mean, std, convs, width, hidden=0):
         super().__init__()
         self.normalize = Normalize(mean, std)
         body, c_in = [], 3
@@ -270,7 +271,12 @@ class VGG(Net):
                 c_in = c_out
             body.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*body)
-        self.fc = nn.Linear(c_in, num_classes)
+        head = []
+        for _ in range(2 if hidden else 0):
+            head += [nn.Linear(c_in, hidden), nn.ReLU(), nn.Dropout()]
+            c_in = hidden
+        last = nn.Linear(c_in, num_classes)
+        self.fc = nn.Sequential(*head, last) if hidden else last
 
     def maps(self, x):
         """What each stage gives to its max-pool; that of the last belongs to the embedding."""

@@ -33,7 +33,7 @@ RENAMES = [  # names in other projects' checkpoints -> names here
     (r"\.bn_expand\.", ".bn3."),
     # kuangliu's VGG
     (r"^features\.", "body."),
-    (r"^classifier\.(?=weight|bias)", "fc."),
+    (r"^classifier\.(?=weight|bias|\d)", "fc."),
 ]
 # What is no weight of the network: TRADES builds its first block twice and uses it once; MAIR keeps
 # the number of classes; Madry's "robustness" saves the network a second time.
@@ -109,8 +109,10 @@ def shown(triple):
 
 
 def arch_of(arch, state):
-    """The name of the network for these weights: resnetN-b where the shortcuts of a CIFAR ResNet
-    are convolutions, as in chenyaofo's networks, and not padding."""
+    """The name of the network for these weights. chenyaofo's have a "-b" at the end: the shortcuts
+    of the ResNets are convolutions and not padding, the VGGs end in three linear layers."""
+    if arch.startswith("vgg") and any(key.endswith("classifier.6.weight") for key in state):
+        return arch.removesuffix("-b") + "-b"
     convolved = any(key.endswith("downsample.0.weight") for key in state)
     return f"{arch}-b" if arch in CIFAR_RESNETS and convolved else arch
 

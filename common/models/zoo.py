@@ -81,13 +81,19 @@ def make_norm_free(arch):
     return make
 
 
-def make_vgg(depth, width=64):
-    convs = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}[depth]
+VGG_CONVS = {
+    "11": (1, 1, 2, 2, 2), "13": (2, 2, 2, 2, 2), "16": (2, 2, 3, 3, 3), "19": (2, 2, 4, 4, 4),
+}  # fmt: skip
+
+
+def make_vgg(depth, width=64, hidden=0):
+    """VGG. depth: a key of VGG_CONVS. hidden: units of its two more linear layers."""
+    convs = VGG_CONVS[depth]
 
     def make(layers, num_classes, mean, std, image_size):
         if image_size < 32:
             raise UserError(f"vgg{depth}: needs images of >= 32 px, not {image_size}")
-        return VGG(layers, num_classes, mean, std, convs, width)
+        return VGG(layers, num_classes, mean, std, convs, width, hidden)
 
     return make
 
@@ -104,9 +110,7 @@ ARCHS |= {
     "allconv": lambda layers, k, mean, std, size: AllConv(layers, k, mean, std),
     "densenet40": lambda layers, k, mean, std, size: DenseNet(layers, k, mean, std, 40, 12),
     "resnext29": lambda layers, k, mean, std, size: ResNeXt(layers, k, mean, std, 29, 4, 32),
-    "vgg11": make_vgg(11),
-    "vgg13": make_vgg(13),
-    "vgg16": make_vgg(16),
+    **{f"vgg{depth}": make_vgg(depth) for depth in VGG_CONVS},
     "dln25": lambda layers, k, mean, std, size: DeepLinear(layers, 25, k),
 }
 
@@ -124,13 +128,17 @@ def wide_size(arch):
 
 def constructor(arch):
     """The constructor for a name: a key of ARCHS, `wrnD-K`, `wrn28` (WRN-28-10), `vggD-W`, a VGG
-    whose first stage has W channels instead of 64, or `resnet20-b`, whose shortcuts convolve."""
+    whose first stage has W channels instead of 64, or one of chenyaofo's: `resnet20-b`, whose
+    shortcuts convolve, and `vgg16-b`, which ends in three linear layers."""
     wide = wide_size(arch)
     if wide:
         return make_wide(*wide)
-    narrow = re.fullmatch(r"vgg(11|13|16)-([1-9]\d*)", arch)
+    narrow = re.fullmatch(r"vgg(11|13|16|19)-([1-9]\d*)", arch)
     if narrow:
-        return make_vgg(int(narrow[1]), int(narrow[2]))
+        return make_vgg(narrow[1], int(narrow[2]))
+    deep = re.fullmatch(r"vgg(11|13|16|19)-b", arch)
+    if deep:
+        return make_vgg(deep[1], hidden=512)
     convolved = re.fullmatch(r"(resnet\d+)-b", arch)
     if convolved and convolved[1] in CIFAR_RESNETS:
         return make_cifar_resnet(CIFAR_RESNETS[convolved[1]], "B")
