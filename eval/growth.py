@@ -34,6 +34,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     group.add_argument("--images", type=run.positive(int), default=128, help="training images")
     group.add_argument("--seed", type=run.nonnegative(int), default=0, help="of weights and images")
+    group.add_argument("--json", type=Path, help="where the numbers go (default: nowhere)")
     return parser.parse_args(argv)
 
 
@@ -54,6 +55,18 @@ def main(args):
             rows.append([norm, arch, f"{sizes['embedding']:.3g}", f"{sizes['logits']:.3g}"])
     print(run.table(rows, ["norm", "network", "embedding", "logits"]))
     print(f"mean squares at the start, {len(x)} images of {args.dataset}, seed {args.seed}")
+    if args.json:
+        networks = []
+        for (norm, arch), sizes in found.items():
+            depth = int(re.search(r"\d+", arch)[0])
+            networks.append({"norm": norm, "arch": arch, "depth": depth, **sizes})
+        title = re.sub(r"\d+", "D", args.arch, count=1)
+        content = {
+            "what": "mean squares before the first step; norm none has the start --init names",
+            "arch": title, "dataset": args.dataset, "images": len(x), "seed": args.seed,
+            "init": args.init, "networks": networks, "versions": run.versions(),
+        }  # fmt: skip
+        run.write_json(args.json, content)
     return found
 
 

@@ -73,6 +73,11 @@ def parse_args(argv=None):
         "--readme", action="store_true",
         help="only write the tables of <out>/*.json between the markers of its README.md",
     )  # fmt: skip
+    parser.add_argument(
+        "--checkpoints", action="store_true",
+        help="only write the network of each finished row, without the optimiser's state, to "
+        "<out>/checkpoints/<name>.pt, of the first seed",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.table is not None and args.table not in headline_tables.TABLES:
         known = ", ".join(headline_tables.TABLES)
@@ -395,6 +400,36 @@ def collect(args, name, table, rows, seeds):
     }  # fmt: skip
 
 
+# --- checkpoints ----------------------------------------------------------------------------------
+
+NETWORK = ("format", "method", "versions", "dataset", "arch", "norm", "num_classes", "image_size",
+           "step", "total", "metrics", "stage", "model")  # fmt: skip
+PLACES = ("data_dir", "out", "teacher")  # options that name a folder of the machine
+
+
+def write_checkpoints(args, rows):
+    """Write the networks of the finished rows, seed 0, into <out>/checkpoints; returns the paths.
+
+    A file is that of the training without the optimiser's state and without names of folders."""
+    folder = args.out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for row in rows:
+        trained = run_folder(args, row.run, 0)
+        if final_numbers(trained) is None:
+            print(f"not finished: {row.title}")
+            continue
+        content = run.load_checkpoint(trained / row.file)
+        network = {name: content[name] for name in NETWORK if name in content}
+        network["args"] = {k: v for k, v in content["args"].items() if k not in PLACES}
+        network["title"] = row.title
+        path = folder / f"{row.run}.pt"
+        run.save_checkpoint(path, network)
+        print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
+        paths.append(path)
+    return paths
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -452,6 +487,8 @@ def main(args):
         if name not in scale.evaluations:
             raise run.UserError(f"--evaluations: {name} is none of {', '.join(scale.evaluations)}")
     rows, seeds = chosen_rows(args, scale), args.seeds or scale.seeds
+    if args.checkpoints:
+        return write_checkpoints(args, rows)
     jobs = all_jobs(args, scale, rows, seeds)
     if args.dry_run:
         return dry_run(jobs, scale, args)

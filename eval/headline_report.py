@@ -67,19 +67,29 @@ def draw(content, path):
     """Write the figure of a results file where it has one; returns whether it has."""
     if not content["chart"]:
         return False
+    across, up, *after = content["chart"]
+    points = points_of(content, across, up)
+    rings = points_of(content, across, after[0]) if after else {}
+    joined = [title for title in points if ", gamma " in title]
+    if points:
+        title = content["title"] + (f" Rings: {after[0].split(',')[0]}" if rings else "")
+        run.scatter_chart(path, title, points, across, up, rings, joined)
+    return bool(points)
+
+
+def points_of(content, across, up):
+    """{title of a row: (x, its deviation, y, its deviation)} of the rows with both numbers."""
     points = {}
     for row in content["rows"]:
         point = []
-        for column in content["chart"]:
+        for column in (across, up):
             values = values_of(row, column)
             if values:
                 deviation = statistics.stdev(values) if len(values) > 1 else 0.0
                 point += [statistics.mean(values), deviation]
         if len(point) == 4:
             points[row["row"]] = tuple(point)
-    if points:
-        run.scatter_chart(path, content["title"], points, *content["chart"])
-    return bool(points)
+    return points
 
 
 def publish(content, folder):

@@ -48,7 +48,7 @@ class Scale(NamedTuple):
     evaluations: dict  # {name: evaluation command}
     columns: dict  # {title: path}
     rows: tuple
-    chart: tuple = ()  # two columns of the figure: across, up
+    chart: tuple = ()  # columns of the figure: across, up, and up after adaptation
 
 
 class Table(NamedTuple):
@@ -123,7 +123,7 @@ QUESTION = Table(
                 Row("BatchNorm + AugMix", "bn-augmix", "student"),
                 Row("CT + AugMix", "ct-augmix", "student"),
             ),
-            ("clean error %", "15 corruptions, error %"),
+            ("clean error %", "15 corruptions, error %", "adapted, error %"),
         ),
     },
     "One budget and one data order for all rows. none, NF, Fixup and Fixup + penalty clip "

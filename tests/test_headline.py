@@ -1,15 +1,19 @@
 """eval/headline.py: every command parses, rows that fail say so, and a stopped table goes on."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 
 import pytest
+import torch
 
-from common import data, run
-from eval import headline, headline_report, headline_tables
+from common import corruptions, data, run
+from eval import corruptions as corruptions_table
+from eval import figures, headline, headline_report, headline_tables
 from eval.headline_tables import Row, Scale, Table
 
 SCALES = [(name, scale) for name, t in headline_tables.TABLES.items() for scale in t.scales]
@@ -261,3 +265,87 @@ def test_readme_is_brought_up_to_date(fake, tmp_path):
 def test_names_that_are_not_there(line, message, tmp_path):
     with pytest.raises(run.UserError, match=message):
         headline.main(headline.parse_args([*line, "--runs", str(tmp_path), "--dry-run"]))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+CHECKPOINTS = sorted((RESULTS / "checkpoints").glob("*.pt"))
+
+
+def published(column):
+    """{title of a row: its number of seed 0} in the table of the question."""
+    content = json.loads((RESULTS / "headline_question_small.json").read_text())
+    return {row["row"]: row["seeds"].get("0", {}).get(column) for row in content["rows"]}
+
+
+def test_checkpoints_are_whole_and_small():
+    assert CHECKPOINTS and sum(path.stat().st_size for path in CHECKPOINTS) < 15e6
+    titles = published("clean error %")
+    for path in CHECKPOINTS:
+        content = run.load_checkpoint(path)
+        assert titles[content["title"]] is not None, path.name
+        assert "optimizer" not in content and content["step"] == content["total"] == 7800
+        words = [v for v in content["args"].values() if isinstance(v, str)]
+        assert not any("/" in word for word in words)
+        assert content["args"]["seed"] == 0 and content["args"]["arch"] == "wrn16-1"
+
+
+@pytest.mark.slow
+def test_checkpoints_give_the_published_numbers(cifar10_dir, shared, tmp_path):
+    """Half a minute a network. The bound is 75 of 150,000 images: ties that bf16 rounds apart."""
+    line = [*map(str, CHECKPOINTS), "--data-dir", str(cifar10_dir), "--limit", "2000"]
+    line += ["--precision", "bf16", "--frost-dir", str(shared / "golden" / "frost")]
+    line += ["--corruptions", ",".join(corruptions.NAMES), "--json", str(tmp_path / "out.json")]
+    found = {}
+    content = corruptions_table.main(corruptions_table.parse_args(line))
+    for path, entry in zip(CHECKPOINTS, content["checkpoints"], strict=True):
+        found[run.load_checkpoint(path)["title"]] = entry["mean_corruption_error"]
+    wanted = published("15 corruptions, error %")
+    assert found == {title: pytest.approx(wanted[title], abs=0.05) for title in found}
+
+
+def test_writes_checkpoints_of_finished_rows(tmp_path, monkeypatch, capsys):
+    rows = (Row("first", "a", "net"), Row("second", "b", "net"))
+    scale = Scale("", "shapes", 1, 1, "", {"a": "", "b": ""}, {}, {}, rows)
+    monkeypatch.setattr(headline_tables, "TABLES", {"fake": Table("", "", {"small": scale})})
+    folder = tmp_path / "runs" / "small" / "a-s0"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text(json.dumps({"event": "end"}) + "\n")
+    weights = {"w": torch.arange(3.0)}
+    options = {"out": "/x", "data_dir": "/y", "lr": 0.1}
+    content = {"model": weights, "optimizer": {"state": weights}, "arch": "net", "args": options}
+    run.save_checkpoint(folder / "last.pt", content)
+    paths = headline.main(
+        headline.parse_args([*words_of("fake", "small", tmp_path), "--checkpoints"])
+    )
+    assert paths == [tmp_path / "checkpoints" / "a.pt"]
+    written = run.load_checkpoint(paths[0])
+    assert torch.equal(written["model"]["w"], weights["w"]) and "optimizer" not in written
+    assert written["args"] == {"lr": 0.1} and written["title"] == "first"
+    assert "not finished: second" in capsys.readouterr().out
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_results_files(tmp_path):
+    names = figures.main(figures.parse_args(["--out", str(tmp_path)]))
+    assert {"growth.svg", "headline_question_small.svg"} <= set(names)
+    for name in names:
+        drawn, shown = (tmp_path / name).read_text(), (RESULTS / name).read_text()
+        assert drawn == shown, f"python eval/figures.py; {name} is older than its numbers"
+        texts = xml.etree.ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")
+        titles = [t.text for t in texts if t.get("text-anchor") == "middle" and t.text]
+        assert any(not re.fullmatch(r"[\d.e+-]+", text) for text in titles), "no axis has a title"
+
+
+def test_rings_and_joined_points(tmp_path):
+    """An adapted network is a ring on the line of its dot; shares of gamma are joined."""
+    rows = [{"row": f"dual, gamma {g}", "seeds": {"0": {"c": g, "r": 9 - g}}} for g in (0, 1, 2)]
+    rows.append({"row": "bn", "seeds": {"0": {"c": 1.0, "r": 4.0, "a": 2.0}}})
+    content = {"rows": rows, "title": "T", "chart": ["c", "r", "a, error"]}
+    rows[-1]["seeds"]["0"]["a, error"] = 2.0
+    assert headline_report.draw(content, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert text.count("<circle") == 5 and text.count('fill="none" stroke="#') == 2
+    assert text.count("stroke-dasharray") == 1 and "T Rings: a" in text

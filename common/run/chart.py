@@ -5,12 +5,18 @@ import math
 import re
 from pathlib import Path
 
-COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98a00", "#444444", "#00a0a0", "#e377c2")
+from common.run.plot import COLOURS, ticks
+
+STYLE = (
+    "<style>text{fill:#222;font-family:sans-serif}"
+    "@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"
+)
 
 
-def line_chart(path, title, curves, log=False):
+def line_chart(path, title, curves, log=False, across="", up=""):
     """Write an SVG line chart. curves: {label: [(x, value, low, high), ...]}, x from 0; where low
-    and high differ, a band is drawn. What a logarithmic value axis cannot show is left out."""
+    and high differ, a band is drawn. What a logarithmic value axis cannot show is left out.
+    across, up: titles of the axes, with their units. It is legible on light and on dark pages."""
     curves = {k: [p for p in c if not log or p[2] > 0] for k, c in curves.items()}
     points = [p for c in curves.values() for p in c]
     if not points:
@@ -26,13 +32,14 @@ def line_chart(path, title, curves, log=False):
         return f"{left + width * x / last:.1f} {y:.1f}"
 
     parts = [f'<text x="{left}" y="18" font-weight="bold">{html.escape(title)}</text>']
-    for k in range(5):
-        x, y, value = left + width * k / 4, top + height * k / 4, high - (high - low) * k / 4
+    for value in _decades(low, high) if log else ticks(low, high):
+        y = top + height * (high - value) / (high - low)
         label = f"{10**value if log else value:.3g}"
-        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>')
+        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#888" stroke-opacity="0.3"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-        place = f'x="{x:.1f}" y="{top + height + 16}" text-anchor="middle"'
-        parts.append(f"<text {place}>{last * k / 4:.4g}</text>")
+    for x in ticks(0, last):
+        place = f'x="{left + width * x / last:.1f}" y="{top + height + 16}" text-anchor="middle"'
+        parts.append(f"<text {place}>{x:.4g}</text>")
     for i, (label, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         if any(p[2] < p[3] for p in curve):
@@ -41,55 +48,79 @@ def line_chart(path, title, curves, log=False):
         if curve:
             line = "L".join(xy(*p[:2]) for p in curve)
             parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
-        place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}" fill="{colour}"'
-        parts.append(f"<text {place}>{html.escape(label)}</text>")
-    size = f'width="{left + width + 150}" height="{top + height + 26}"'
-    parts.insert(0, f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">')
+        place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}"'
+        parts.append(f'<text {place} style="fill:{colour}">{html.escape(label)}</text>')
+    parts += _axis_titles(across, up, left + width / 2, top + height / 2, top + height + 34)
+    size = f'width="{left + width + 150}" height="{top + height + (44 if across else 26)}"'
+    parts.insert(0, f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{STYLE}')
     Path(path).write_text("\n".join([*parts, "</svg>\n"]))
 
 
-def scatter_chart(path, title, points, across, up):
+def _decades(low, high):
+    """Places of a logarithmic axis: whole decades, or quarters of a range below two of them."""
+    whole = [*range(math.ceil(low), math.floor(high) + 1)]
+    return whole if len(whole) > 2 else [low + (high - low) * k / 4 for k in range(5)]
+
+
+def _axis_titles(across, up, middle_x, middle_y, below):
+    """The texts below the chart and, turned, to its left."""
+    turned = f'transform="translate(16 {middle_y}) rotate(-90)" text-anchor="middle"'
+    return [
+        f'<text x="{middle_x}" y="{below}" text-anchor="middle">{html.escape(across)}</text>',
+        f"<text {turned}>{html.escape(up)}</text>",
+    ]
+
+
+def scatter_chart(path, title, points, across, up, after=None, joined=()):
     """Write an SVG of points with error bars. It is legible on light and on dark pages.
 
-    points: {label: (x, x_sd, y, y_sd)}. across, up: titles of the axes, with their units.
+    points: {label: (x, x_sd, y, y_sd)}. across, up: titles of the axes, with their units. after:
+    the same for some labels, drawn as rings that a line joins to their points. joined: labels
+    whose points a line joins in this order.
     """
     left, top, width, height = 72, 34, 440, 300
-    xs = [x + s * sd for x, sd, _, _ in points.values() for s in (-1, 1)]
-    ys = [y + s * sd for _, _, y, sd in points.values() for s in (-1, 1)]
-    x_low, x_high = _widened(xs)
-    y_low, y_high = _widened(ys)
+    after = after or {}
+    every = [*points.values(), *after.values()]
+    x_low, x_high = _widened([x + s * sd for x, sd, _, _ in every for s in (-1, 1)])
+    y_low, y_high = _widened([y + s * sd for _, _, y, sd in every for s in (-1, 1)])
 
     def at(x, y):
         across_by = left + width * (x - x_low) / (x_high - x_low)
         return across_by, top + height * (y_high - y) / (y_high - y_low)
 
+    def line(places):
+        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
     parts = [f'<text x="{left}" y="20" font-weight="bold">{html.escape(title)}</text>']
-    for k in range(5):
-        x = x_low + (x_high - x_low) * k / 4
-        y = y_low + (y_high - y_low) * k / 4
-        px, py = at(x, y)
-        parts.append(f'<path d="M{left} {py:.1f}h{width}" stroke="#888" stroke-opacity="0.3"/>')
-        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-        place = f'x="{px:.1f}" y="{top + height + 16}" text-anchor="middle"'
-        parts.append(f"<text {place}>{x:.3g}</text>")
-    for i, (label, (x, x_sd, y, y_sd)) in enumerate(points.items()):
+    for y in ticks(y_low, y_high):
+        place = at(x_low, y)[1]
+        parts.append(f'<path d="M{left} {place:.1f}h{width}" stroke="#888" stroke-opacity="0.3"/>')
+        parts.append(f'<text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in ticks(x_low, x_high):
+        place = f'x="{at(x, y_low)[0]:.1f}" y="{top + height + 16}" text-anchor="middle"'
+        parts.append(f"<text {place}>{x:g}</text>")
+    if joined:
+        path_d = line(at(points[label][0], points[label][2]) for label in joined)
+        parts.append(f'<path d="{path_d}" fill="none" stroke="#888" stroke-width="1.4"/>')
+    for i, label in enumerate(points):
         colour = COLOURS[i % len(COLOURS)]
-        px, py = at(x, y)
-        bar_x, bar_y = at(x + x_sd, y + y_sd)
-        bars = (
-            f"M{2 * px - bar_x:.1f} {py:.1f}H{bar_x:.1f}M{px:.1f} {2 * py - bar_y:.1f}V{bar_y:.1f}"
-        )
-        parts.append(f'<path d="{bars}" stroke="{colour}" stroke-width="1.4"/>')
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>')
+        both = [points[label], *([after[label]] if label in after else [])]
+        if len(both) > 1:
+            ends = line(at(x, y) for x, _, y, _ in both)
+            parts.append(f'<path d="{ends}" stroke="{colour}" stroke-dasharray="3 3"/>')
+        for fill, (x, x_sd, y, y_sd) in zip((colour, "none"), both, strict=False):
+            px, py = at(x, y)
+            bars = line([at(x - x_sd, y), at(x + x_sd, y)]) if x_sd else ""
+            bars += line([at(x, y - y_sd), at(x, y + y_sd)]) if y_sd else ""
+            if bars:
+                parts.append(f'<path d="{bars}" stroke="{colour}" stroke-width="1.4"/>')
+            dot = f'cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{fill}" stroke="{colour}"'
+            parts.append(f"<circle {dot}/>")
         place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}"'
         parts.append(f'<text {place} style="fill:{colour}">{html.escape(label)}</text>')
-    place = f'x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle"'
-    parts.append(f"<text {place}>{html.escape(across)}</text>")
-    turned = f'transform="translate(16 {top + height / 2}) rotate(-90)" text-anchor="middle"'
-    parts.append(f"<text {turned}>{html.escape(up)}</text>")
-    size = f'width="{left + width + 240}" height="{top + height + 44}"'
-    style = "<style>text{fill:#222}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{style}'
+    parts += _axis_titles(across, up, left + width / 2, top + height / 2, top + height + 34)
+    size = f'width="{left + width + 240}" height="{max(top + height + 44, 20 + 16 * len(points))}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{STYLE}'
     Path(path).write_text("\n".join([head, *parts, "</svg>\n"]))
 
 

@@ -1,0 +1,132 @@
+"""The `full` tables of eval/headline.py: every training makes a step on made-up data.
+
+The networks, methods and options are those of the table. Images, batches and lengths are small.
+"""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from torchvision.io import encode_jpeg
+
+from common import data
+from common.data import trees
+from eval import headline, headline_tables
+
+FULL = {name: t.scales["full"] for name, t in headline_tables.TABLES.items() if "full" in t.scales}
+RUNS = [(table, name) for table, scale in FULL.items() for name in scale.runs]
+EVERY = "--device cpu --workers 0 --log-every 1 --batch-size 8"
+SMALL = {  # what the commands of a script get besides
+    "ct.py": "--epochs 1 --teacher-epochs 1",
+    "nofrost.py": "--epochs 1",
+    "fixup_penalty.py": "--epochs 1 --seeds 1 --val-size 10 --corrupted-images 2",
+    "bn_ablation.py": "--steps 2 --measure-every 1 --eval-every 2",
+}
+PHOTOGRAPHS = "--image-size 32"  # of the trees
+IMAGES = {  # {data set: its files, made up}
+    "vlcs": [f"VLCS/{d}/{c}/{k}.jpg" for d in data.SETS["vlcs"].domains
+             for c in data.SETS["vlcs"].classes for k in range(2)],
+    "pacs": [f"PACS/{d}/{c}/{k}.jpg" for d in data.SETS["pacs"].domains
+             for c in data.SETS["pacs"].classes for k in range(2)],
+    "in9": [f"bg_challenge/original/{part}/{c}/{k}.JPEG" for part in ("train", "val")
+            for c in trees.IN9 for k in range(2)],
+    "imagenet": [f"imagenet/{part}/n{k:08d}/a.JPEG" for part in ("train", "val")
+                 for k in range(1000)],
+}  # fmt: skip
+
+
+def put(path, seed, side=36):
+    picture = torch.randint(
+        256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_jpeg(picture).numpy().tobytes())
+
+
+def make_cifar(path, classes):
+    rng = np.random.default_rng(0)
+    arrays = {"classes": np.array([f"class{k}" for k in range(classes)])}
+    for split, count in (("train", 20), ("test", 10)):
+        arrays[f"x_{split}"] = rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{split}"] = np.arange(count) % 10
+    np.savez(path, **arrays)
+
+
+def make_camelyon(root):
+    """Six patches of each of five hospitals, as WILDS lays them out."""
+    header = ["", "patient", "node", "x_coord", "y_coord", "tumor", "slide", "center", "split"]
+    rows = []
+    for center in range(5):
+        for k in range(6):
+            patient = f"{center:03d}"
+            rows.append([len(rows), patient, 1, 10, k, k % 2, center, center, int(k == 5)])
+            name = f"patient_{patient}_node_1/patch_patient_{patient}_node_1_x_10_y_{k}.png"
+            put(root / "patches" / name, len(rows))
+    with open(root / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A data directory with a few images of every data set of the tables."""
+    root = tmp_path_factory.mktemp("data")
+    make_cifar(root / "cifar10.npz", 10)
+    make_cifar(root / "cifar100.npz", 100)
+    make_camelyon(root / "camelyon17_v1.0")
+    for names in IMAGES.values():
+        for k, name in enumerate(names):
+            put(root / name, k)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Stands for torchvision's ImageNet weights of ResNet-50."""
+    from torchvision.models import resnet50
+
+    path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+    torch.save(resnet50().state_dict(), path)
+    return str(path)
+
+
+def shortened(job, dataset, weights):
+    """The arguments of a training, with its images and its length made small."""
+    words = job.words[1:]
+    if "--pretrained" in words:
+        words.insert(words.index("--pretrained") + 1, weights)
+    words += [*SMALL[job.words[0]].split(), *EVERY.split()]
+    if data.SETS[dataset].files:
+        words += PHOTOGRAPHS.split()
+    if dataset == "imagenet":
+        words += ["--limit", "16"]
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("table", "name"), RUNS)
+def test_a_step_of_every_training(table, name, made_up, weights, tmp_path, monkeypatch):
+    """The table finds its numbers in what the training leaves."""
+    scale = FULL[table]
+    args = headline.parse_args(
+        [table, "--scale", "full", "--runs", str(tmp_path), "--data-dir", str(made_up)]
+    )
+    job = headline.training(args, scale, name, 0)
+    script = headline.script_of(job.words)
+    if hasattr(script, "TUNED"):
+        monkeypatch.setattr(script, "TUNED", {k: v[:1] for k, v in script.TUNED.items()})
+    script.main(script.parse_args(shortened(job, scale.dataset, weights)))
+    assert headline.finished(job)
+    for row in scale.rows:
+        if row.run == name:
+            assert (job.product / row.file).is_file()
+        for column, path in scale.columns.items():
+            source = path[1] if path[0] == "100 -" else path[0]
+            if source == f"run {name}" or (source == "run" and row.run == name):
+                found = headline.number(args, row, path, 0)
+                assert found is not None, (row.title, column)
+
+
+def test_every_full_training_is_tried():
+    tried = {scale.dataset for scale in FULL.values()}
+    assert tried == {"cifar10", "cifar100", "camelyon17", *IMAGES}
