@@ -84,12 +84,9 @@ def as_original(images, name, severity, seed, frost_dir=None, scale=None):
 
 
 def check(name, severity, ours, original):
-    """Equal, but for three corruptions 1 level on at most 2e-4 of the values."""
     difference = np.abs(ours.astype(int) - original)
-    loose = name in ("zoom_blur", "elastic_transform") or (name == "spatter" and severity > 3)
     share = (difference > 0).mean()
-    assert difference.max() <= int(loose), f"{name} {severity}: {share:.1e} of the values differ"
-    assert share <= (2e-4 if loose else 0), f"{name} {severity}: {share:.1e} of the values differ"
+    assert not difference.any(), f"{name} {severity}: {share:.1e} of the values differ"
 
 
 # --- equality with the original -------------------------------------------------------------------
@@ -419,9 +416,8 @@ def test_frost_needs_textures_larger_than_the_image(images):
 
 def test_bad_input(images):
     bad = [
-        (images.float() / 255, "fog", 1, {}, "uint8"),
-        (images.numpy(), "fog", 1, {}, "ndarray"),
-        (images[0], "fog", 1, {}, r"\(N,3,S,S\)"),
+        (images.float(), "fog", 1, {}, r"floats in \[0,1\]"),
+        (images.numpy().tolist(), "fog", 1, {}, "got list"),
         (images[:, :1], "fog", 1, {}, r"\(N,3,S,S\)"),
         (images[..., :31], "fog", 1, {}, "square"),
         (images[..., :30, :30], "fog", 1, {}, "32, 64 and 224"),

@@ -31,10 +31,25 @@ from common.corruptions.names import (
     listed_names,
     listed_severities,
 )
+from common.corruptions.transform import Corrupt
 from common.corruptions.weather import FROST_FILES, frost_textures
 
 __all__ = [
-    "CHUNK", "EVERY", "EXTRA", "FROST_FILES", "NAMES", "SEVERITIES", "SIZES", "add_arguments",
-    "apply", "corrupt",
-    "corruption_errors", "describe", "draw", "frost_textures", "listed_names", "listed_severities",
+    "CHUNK",
+    "EVERY",
+    "EXTRA",
+    "FROST_FILES",
+    "NAMES",
+    "SEVERITIES",
+    "SIZES",
+    "Corrupt",
+    "add_arguments",
+    "apply",
+    "corrupt",
+    "corruption_errors",
+    "describe",
+    "draw",
+    "frost_textures",
+    "listed_names",
+    "listed_severities",
 ]  # fmt: skip

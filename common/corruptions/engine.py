@@ -1,5 +1,7 @@
 """Corruptions by name: drawing apart from applying."""
 
+import difflib
+
 import torch
 
 from common import run
@@ -32,6 +34,7 @@ from common.corruptions.extra import (
     _spatter,
     _speckle_noise,
 )
+from common.corruptions.images import as_batch
 from common.corruptions.names import SEVERITIES, SIZES
 from common.corruptions.noise import (
     GAUSSIAN_NOISE,
@@ -92,21 +95,27 @@ _TABLE = {  # name: constants, draws from a stream for (constants, size), functi
 }
 
 
-def _constants(name, severity, size, scale):
-    """The constants of one corruption and the scale they belong to; UserError if there are none."""
+def _check_name(name):
     if name not in _TABLE:
-        raise run.UserError(f"unknown corruption {name!r}; known: {', '.join(_TABLE)}")
+        near = difflib.get_close_matches(str(name), _TABLE, 1)
+        guess = f"; did you mean {near[0]!r}? " if near else "; "
+        raise run.InputError(f"unknown corruption {name!r}{guess}known: {', '.join(_TABLE)}")
+
+
+def _constants(name, severity, size, scale):
+    """The constants of one corruption and the scale that they belong to. Raises InputError."""
+    _check_name(name)
     if severity not in SEVERITIES:
-        raise run.UserError(f"severity {severity!r}: choose one of 1, 2, 3, 4, 5")
+        raise run.InputError(f"severity {severity!r}: choose one of 1, 2, 3, 4, 5")
     if scale is None and size not in SIZES:
-        raise run.UserError(
+        raise run.InputError(
             f"images of {size} pixels: the corruptions are defined at 32, 64 and 224 pixels; "
             "resize the images, or choose the constants of one size with scale=32, 64 or 224"
         )
     if scale is not None and scale not in SIZES:
-        raise run.UserError(f"scale={scale!r}: choose 32, 64 or 224")
+        raise run.InputError(f"scale={scale!r}: choose 32, 64 or 224")
     if size < 24:  # the widest reflected border is 10, the smallest texture of frost 63
-        raise run.UserError(f"images of {size} pixels: the corruptions need at least 24")
+        raise run.InputError(f"images of {size} pixels: the corruptions need at least 24")
     scale = scale or size
     return _TABLE[name][0][scale][severity - 1], scale
 
@@ -142,22 +151,35 @@ def corrupt(
     scale=None,
     chunk=None,
 ):
-    """Corrupt a batch of images.
+    """Corrupt one image or a batch of them.
 
-    x: uint8 (N,3,S,S), S = 32, 64 or 224, on any device; other sizes take the constants of
-        `scale`, since the constants are no function of the size.
-    name, severity: one of NAMES or EXTRA, 1 to 5.
+    x: a tensor on any device or a NumPy array, of uint8 or of floats in [0,1]: (N,3,S,S), one
+        image (3,S,S), (N,S,S,3) or (S,S,3). S is 32, 64 or 224; other sizes take the constants of
+        `scale`, since the constants are no function of the size. Floats are first rounded to grey
+        levels.
+    name: one of NAMES or EXTRA.
+    severity: 1 to 5, or N of them in a tensor, an array or a list, one for each image.
     seed, index: image i is a pure function of (seed, name, severity, index[i], x[i]); index is
         int64 (N,), by default 0..N-1. seed is by default 0 where an index is given. Without any of
         them torch's generator, or `generator`, draws the seed: every call makes other noise.
     frost_dir, data_dir: see `frost_textures`.
     chunk: images at a time; bounds the memory in use, changes nothing else.
 
-    Returns uint8 (N,3,S,S) on the device of x. Raises UserError for bad input.
+    Returns what x is: the same type, shape, layout, dtype and device. Raises run.InputError, a
+    ValueError, for bad input.
+
+    >>> import numpy as np
+    >>> image = torch.full((3, 32, 32), 0.5)
+    >>> corrupt(image, "brightness", 3).shape
+    torch.Size([3, 32, 32])
+    >>> batch = np.zeros((2, 32, 32, 3), np.uint8)
+    >>> corrupt(batch, "fog", severity=[1, 5], seed=0).shape
+    (2, 32, 32, 3)
     """
-    _check(x)
+    x, restore = as_batch(x)
     size, device = x.shape[-1], x.device
-    _constants(name, severity, size, scale)
+    severities = _severities(severity, len(x))
+    _constants(name, 1, size, scale)
     if generator is not None:
         seed = torch.randint(1 << 62, (), generator=generator, device=generator.device).item()
     elif seed is None:
@@ -165,35 +187,40 @@ def corrupt(
     if index is None:
         index = torch.arange(len(x), device=device)
     if index.dtype != torch.int64 or index.shape != x.shape[:1]:
-        raise run.UserError(
+        raise run.InputError(
             f"index: one int64 number for each of the {len(x)} images, "
             f"got {index.dtype} {tuple(index.shape)}"
         )
     if chunk is not None and chunk < 1:
-        raise run.UserError(f"chunk={chunk}: at least one image at a time")
+        raise run.InputError(f"chunk={chunk}: at least one image at a time")
     if chunk is None:
         chunk = max(1, (CHUNK if device.type == "cpu" else 64 * CHUNK) // size**2)
+    index = index.to(device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start in range(0, len(x), chunk):
-        part = slice(start, start + chunk)
-        draws = draw(name, severity, size, seed, index[part].to(device), scale)
-        out[part] = apply(x[part], name, severity, draws, scale, frost_dir, data_dir)
-    return out
+    for each in severities.unique().tolist():
+        places = (severities == each).nonzero()[:, 0].to(device)
+        for part in places.split(chunk):
+            draws = draw(name, each, size, seed, index[part], scale)
+            out[part] = apply(x[part], name, each, draws, scale, frost_dir, data_dir)
+    return restore(out)
 
 
 CHUNK = 1 << 16  # pixels at a time by default on a CPU: the work of a chunk stays in its cache
 
 
-def _check(x):
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
-        what = f"{x.dtype} tensor" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise run.UserError(
-            f"corruptions take uint8 images 0..255, got a {what}; convert floats in [0,1] with "
-            "x.mul(255).round().to(torch.uint8)"
+def _severities(severity, count):
+    """int64 (count,) on the CPU; InputError unless 1 to 5, one for all images or one for each."""
+    try:
+        found = torch.as_tensor(severity).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.tensor(0.5)
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise run.InputError(f"severity {severity!r}: give whole numbers, 1 to 5")
+    for each in found.unique().tolist():
+        if each not in SEVERITIES:
+            raise run.InputError(f"severity {each}: choose one of 1, 2, 3, 4, 5")
+    if found.dim() and found.shape != (count,):
+        raise run.InputError(
+            f"severity: one number, or one for each of the {count} images, got {tuple(found.shape)}"
         )
-    if x.dim() != 4 or x.shape[1] != 3:
-        raise run.UserError(f"corruptions take images (N,3,S,S), got {tuple(x.shape)}")
-    if x.shape[2] != x.shape[3]:
-        raise run.UserError(
-            f"corruptions take square images, got {x.shape[2]}x{x.shape[3]}: crop or resize them"
-        )
+    return found.long().expand(count)

@@ -30,7 +30,8 @@ def _normalised(weights):
 
 
 def _gaussian_weights(sigma, truncate=4):
-    """scipy's, with the C library's exp: the last bit of NumPy's depends on the machine."""
+    """scipy's, with the C library's exp. The last bit of NumPy's depends on the machine, and it
+    decides about grey levels of flat images."""
     radius = int(truncate * sigma + 0.5)
     return _normalised([math.exp(-0.5 / sigma**2 * k**2) for k in range(-radius, radius + 1)])
 

@@ -43,7 +43,7 @@ from common.run.device import (
     wait,
     world,
 )
-from common.run.errors import Diverged, UserError, check_finite
+from common.run.errors import Diverged, InputError, UserError, check_finite
 from common.run.evaluate import (
     accuracy,
     counts,
@@ -95,6 +95,7 @@ __all__ = [
     "Diverged",
     "Flag",
     "Formatter",
+    "InputError",
     "Loop",
     "Parser",
     "Precision",

@@ -1,4 +1,4 @@
-"""The two errors that end a run in one line."""
+"""The errors that end a run in one line."""
 
 import math
 import re
@@ -6,6 +6,10 @@ import re
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong and what to do."""
+
+
+class InputError(UserError, ValueError):
+    """An argument from Python that a function cannot take. `except ValueError` catches it too."""
 
 
 class Diverged(UserError):
