@@ -115,6 +115,43 @@ def test_synchronised_batch_norm_is_folded():
         assert sum(found is not None for found, _ in fast.plan.values()) == 7
 
 
+@pytest.mark.parametrize("norm", ["bn", "dual-bn"])
+def test_norms_that_no_convolution_takes_in(norm):
+    """As on a GPU: x * scale + shift in their place gives the same logits and gradient, whose
+    layout stays, and follows the weights of the network after `refresh`."""
+    net, (x, _) = with_statistics(norm, "wrn10-1"), images()
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, plan, _ = fastnet.probe(net, x[:1])
+    norms = fastnet.loose(net, plan)
+    folded = sum(n is not None for n, _ in plan.values())
+    used = 7 if norm == "bn" else 14  # BatchNorms of WRN-10-1
+    assert len(norms) == used - folded > 0
+
+    def look():
+        inputs = x.clone().requires_grad_()
+        logits = net(inputs)
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), inputs)[0]
+
+    for weights in (None, 1.3):
+        plain = look()
+        with fastnet.as_affine(norms, torch.float32) as refresh:
+            for a, b in zip(look(), plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            if weights is None:
+                for module in norms:
+                    module.weight.data.mul_(1.3)
+                refresh()
+                changed = look()
+        if weights is None:
+            torch.testing.assert_close(changed[0], look()[0], rtol=1e-4, atol=1e-5)
+    assert not any("forward" in vars(module) for module in net.modules())
+    probe = torch.rand(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with fastnet.as_affine(norms, torch.float32):
+        module = next(m for m in norms if m.num_features == 16)
+        (grad,) = torch.autograd.grad(module(probe).square().sum(), probe)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_norm_with_an_eval_of_its_own_is_not_folded():
     class Louder(nn.BatchNorm2d):
         def forward(self, x):

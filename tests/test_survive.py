@@ -423,6 +423,25 @@ def test_minutes_and_epochs(tmp_path, monkeypatch):
     assert saved == [3, 6, 9, 9, 5, 9]
 
 
+def test_slow_checkpoints_are_fewer(tmp_path, monkeypatch):
+    """A checkpoint that takes a second is written 50 seconds later at the earliest, and at the
+    end; with --save-every 1 after every epoch all the same."""
+    saved, now = [], [0.0]
+
+    def save(self, name, content):
+        saved.append(content["step"])
+        now[0] += 1.0
+
+    monkeypatch.setattr(run.RunDir, "save", save)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    at_step(monkeypatch, 13, lambda: now.__setitem__(0, now[0] + 51))
+    train_ct(tmp_path / "a", "--epochs", "6")  # 3 steps each
+    assert saved == [3, 15, 18]
+    saved.clear()
+    train_ct(tmp_path / "b", "--epochs", "3", "--save-every", "1")
+    assert saved == [3, 6, 9]
+
+
 def test_full_disk_during_a_run(whole, tmp_path, monkeypatch):
     """One line, the last good checkpoint whole; with space again the run goes on from it."""
     real, calls = os.fsync, []

@@ -255,6 +255,21 @@ def folded(conv, norm):
     return weight * scale.view(-1, 1, 1, 1), shift
 
 
+def loose(module, plan):
+    """The BatchNorms of a network in eval mode that no convolution of `plan` takes in."""
+    taken = {norm for norm, _ in plan.values()}
+    return [m for m in module.modules() if is_norm(m) and type(m) in AFFINE and m not in taken]
+
+
+def affine(norm):
+    """Scale and shift (C,), fp32, of a BatchNorm in eval mode."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach()
+
+
 @contextlib.contextmanager
 def patched(plan, dtype):
     """Inside, the convolutions of `plan` run with weights folded, cast and laid out once.
@@ -302,6 +317,39 @@ def patched(plan, dtype):
                 vars(norm).pop("forward", None)
 
 
+@contextlib.contextmanager
+def as_affine(norms, dtype):
+    """Inside, these BatchNorms, in eval mode, run as x * scale + shift.
+
+    That keeps the layout of the gradient. The gradient of cuDNN's BatchNorm in eval mode is NCHW,
+    and each one costs two relayouts. Yields a function that writes the present parameters into
+    scale and shift.
+    """
+    used = {}
+
+    def patch(norm):
+        scale, shift = used[norm] = tuple(part.to(dtype) for part in affine(norm))
+
+        def forward(x):
+            view = (-1,) + (1,) * (x.ndim - 2)
+            return torch.addcmul(shift.to(x.dtype).view(view), x, scale.to(x.dtype).view(view))
+
+        norm.forward = forward
+
+    def refresh():
+        for norm in norms:
+            for old, new in zip(used[norm], affine(norm), strict=True):
+                old.copy_(new)
+
+    try:
+        for norm in norms:
+            patch(norm)
+        yield refresh
+    finally:
+        for norm in norms:
+            vars(norm).pop("forward", None)
+
+
 class Net:
     """A network under attack: `net(x)` is logits (N,K), fp32, of images x (N,...) in [0,1]."""
 
@@ -312,6 +360,7 @@ class Net:
         self.classes, self.plan, self.layout = probe(module, x[:1])
         if mode == "train":  # BatchNorm's statistics are those of the attacked batch
             self.plan = {}
+        self.norms = loose(module, self.plan) if x.is_cuda and mode == "eval" else []
         self.device = x.device.type
         with autocast():
             low = torch.is_autocast_enabled(self.device)
@@ -328,6 +377,13 @@ class Net:
         if x.requires_grad and not logits.requires_grad:
             raise UserError("nothing to attack: the model detaches its output from its input")
         return logits
+
+    @contextlib.contextmanager
+    def ready(self):
+        """Inside, its layers run as they are prepared. Yields a function that writes the present
+        parameters into what they use."""
+        with patched(self.plan, self.dtype) as convs, as_affine(self.norms, self.dtype) as norms:
+            yield lambda: (convs(), norms())
 
     @contextlib.contextmanager
     def exact(self):
@@ -388,7 +444,7 @@ class Captured(Net):
         super().__init__(module, x, autocast)
         self.x = torch.empty_like(x).contiguous(memory_format=self.layout)
         self.x.copy_(x).requires_grad_()
-        with patched(self.plan, self.dtype) as self.refresh, torch.enable_grad():
+        with self.ready() as self.refresh, torch.enable_grad():
             self.record_passes()
 
     def record_passes(self):
@@ -474,5 +530,5 @@ def prepared(model, x, precision=None, mode="eval", capture=None, eot=1):
             yield capture.get(module, x, autocast, getattr(precision, "dtype", None))
             return
         net = Net(module, x, autocast, mode, eot)
-        with patched(net.plan, net.dtype):
+        with net.ready():
             yield net

@@ -55,6 +55,30 @@ def older(path, age):
     return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
 
 
+def on_host(state):
+    """The state, dicts and lists of tensors and numbers, with the tensors of a GPU on the CPU.
+
+    All copies are under way into pinned memory before the host waits, once for each device.
+    """
+    devices = set()
+
+    def copied(value):
+        if isinstance(value, dict):
+            return {key: copied(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(copied, value))
+        if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
+            return value
+        devices.add(value.device)
+        host = torch.empty_like(value, device="cpu", pin_memory=True)
+        return host.copy_(value, non_blocking=True)
+
+    state = copied(state)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return state
+
+
 def save_checkpoint(path, checkpoint, keep=1):
     """Write a dict of tensors, numbers, strings, lists and dicts; the name appears when all is
     on disk. Raises UserError where the file cannot be written; an older file then stays.

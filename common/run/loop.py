@@ -26,6 +26,8 @@ from common.run.errors import Diverged
 from common.run.steps import Means, Watch
 
 SHOWN = {"loss": "loss {:.3f}", "accuracy": "train {:.1f} %", "images_per_s": "{:.0f} img/s"}
+NOTICED = 0.25  # seconds: a checkpoint that takes longer is not written after every epoch
+RARELY = 50  # times its own seconds that must lie between two such: 2 % of the time
 ASK_EVERY = 10  # steps between the checks whether any process got a signal
 
 
@@ -55,7 +57,8 @@ class Loop:
         options = rundir.options
         self.eval_every = options["eval_every"] * (1 if steps else batches.per_epoch)
         self.log_every = options["log_every"]
-        self.save_steps = options["save_every"] * batches.per_epoch
+        self.save_steps = (options["save_every"] or 1) * batches.per_epoch
+        self.thins = options["save_every"] is None
         self.save_seconds = 60 * (options["save_minutes"] or math.inf)
         state = rundir.restore(stage, model, optimizer, precision.scaler)
         self.start = state.get("step", 0)
@@ -74,6 +77,7 @@ class Loop:
         self._norm = None
         self._lr = 0.0
         self._saved = time.monotonic()
+        self._cost = 0.0
 
     def fast(self, model):
         """Another model for this loop, compiled as `net` is. None stays None."""
@@ -119,7 +123,11 @@ class Loop:
         """Update the weights at rate lr; clip: largest gradient norm, 0 for none."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
+        if clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        else:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._watch.add(self.done - 1, lr, self._loss, norm)
@@ -180,14 +188,19 @@ class Loop:
 
     def _save(self):
         stop = self._told_to_stop()
-        due = self.done % self.save_steps == 0 or self.done == self.total
-        if stop or due or time.monotonic() - self._saved > self.save_seconds:
+        began = time.monotonic()
+        due = self.done % self.save_steps == 0
+        if self.thins and self._cost > NOTICED:
+            due = due and began - self._saved > RARELY * self._cost
+        due = due or self.done == self.total or began - self._saved > self.save_seconds
+        if stop or due:
             self.check(together=False)
             state = {"step": self.done, "total": self.total, "metrics": self.metrics}
             state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)
             self._saved = time.monotonic()
+            self._cost = self._saved - began
         if stop:
             self.rundir.leave(f"after step {self.done} of {self.total} of {self.stage}")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.run.checkpoint import load_checkpoint, older, save_checkpoint, versions
+from common.run.checkpoint import load_checkpoint, older, on_host, save_checkpoint, versions
 from common.run.device import rank, wait, world
 from common.run.errors import Diverged, UserError
 from common.run.progress import Progress, Remaining
@@ -262,7 +262,7 @@ class RunDir:
             raise Diverged(f"{name}: weights not finite after {step} steps; not written", step)
         extra = {"method": self.method, "args": self.options, "versions": versions()}
         extra["dataset"] = self.options["dataset"]
-        save_checkpoint(self.dir / name, {**extra, **state}, KEEP)
+        save_checkpoint(self.dir / name, {**extra, **on_host(state)}, KEEP)
         for writer in self._writers.values():
             writer.flush()
 
