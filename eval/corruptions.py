@@ -339,7 +339,8 @@ class Arrays:
             missing = [c for c in chosen if not (folder / f"{c}.npy").is_file()]
             chosen = available(chosen, missing, folder)
             for name in chosen:  # a damaged file is known before the first evaluation
-                data.read_corrupted(folder, name, args.severities[-1], self.rows[:1])
+                size = self.dataset.image_size
+                data.read_corrupted(folder, name, args.severities[-1], self.rows[:1], size)
         texture = corruptions.frost_textures(args.frost_dir, args.data_dir)[1]
         self.manifest = data.read_manifest(folder) if folder else None
         count, clean = len(self.labels), len(self.dataset.test.y)

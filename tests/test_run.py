@@ -150,6 +150,7 @@ def test_foreign_or_newer_checkpoint(tmp_path, content, text):
     [
         ("format", "1"), ("arch", 3), ("norm", None), ("num_classes", 2.5), ("num_classes", True),
         ("args", [1]), ("args", {1: 2}), ("model", []), ("model", {"x": 1}), ("dataset", b"x"),
+        ("optimizer", b"x"), ("metrics", "x"), ("scaler", []), ("total", "9"),
     ],
 )  # fmt: skip
 def test_a_field_of_another_type_is_named(tmp_path, name, value):

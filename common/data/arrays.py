@@ -131,8 +131,8 @@ def read_cifar101(data_dir):
     for version, count in reversed(SETS["cifar10.1"].counts.items()):
         path = data_dir / f"cifar10.1_{version}_data.npy"
         if path.is_file():
-            x = read_array(path, "u", (count, 32, 32, 3))
-            y = read_array(path.with_name(f"cifar10.1_{version}_labels.npy"), "iu", (count,))
+            x = read_array(path, "uint8", (count, 32, 32, 3))
+            y = read_array(path.with_name(f"cifar10.1_{version}_labels.npy"), "i u", (count,))
             x = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
             return Images(x, as_labels(y, path.with_name(f"cifar10.1_{version}_labels.npy"), 10))
     raise trees.missing("cifar10.1", data_dir / "cifar10.1_v6_data.npy")
@@ -161,7 +161,7 @@ def read_manifest(folder):
 def corrupted_labels(folder, classes=100):
     """Labels int64 (N,) of the N test images; labels.npy repeats them for the five severities."""
     path = Path(folder) / "labels.npy"
-    y = read_array(path, "iu", (None,))
+    y = read_array(path, "i u", (None,))
     blocks = y.reshape(5, -1) if len(y) % 5 == 0 and len(y) else None
     if blocks is None or not (blocks == blocks[0]).all():
         raise UserError(f"{path}: not five equal blocks of labels")
@@ -179,18 +179,25 @@ def as_labels(y, path, classes):
     return y
 
 
-def read_corrupted(folder, corruption, severity, rows):
+def read_corrupted(folder, corruption, severity, rows, size=None):
     """Images uint8 (len(rows),3,S,S) of one file of the official layout.
 
-    The file is uint8 (5N,S,S,3): N rows for each severity, in the order of the test set."""
+    The file is uint8 (5N,S,S,3): N rows for each severity, in the order of the test set. size: S,
+    where it is known."""
     count = len(corrupted_labels(folder))
-    array = read_array(Path(folder) / f"{corruption}.npy", "u", (5 * count, None, None, 3))
+    path = Path(folder) / f"{corruption}.npy"
+    array = read_array(path, "uint8", (5 * count, None, None, 3))
+    if size and array.shape[1:3] != (size, size):
+        raise UserError(
+            f"{path}: is {array.dtype} {array.shape}, the test images have {size} pixels"
+        )
     block = array[(severity - 1) * count : severity * count]
     return torch.from_numpy(block[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
 
 
 def read_array(path, dtype, shape):
-    """A memory-mapped .npy file of this dtype kind and shape; None in `shape` is any size."""
+    """A memory-mapped .npy file of this shape; None in `shape` is any size. dtype: a dtype's name,
+    or the letters of the kinds that are allowed."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -200,6 +207,6 @@ def read_array(path, dtype, shape):
     fits = len(array.shape) == len(shape) and all(
         want in (None, have) for have, want in zip(array.shape, shape, strict=True)
     )
-    if array.dtype.kind not in dtype or not fits:
-        raise UserError(f"{path}: is {array.dtype} {array.shape}, expected {shape}")
+    if not fits or (array.dtype.name != dtype and array.dtype.kind not in dtype.split()):
+        raise UserError(f"{path}: is {array.dtype} {array.shape}, expected {dtype} {shape}")
     return array

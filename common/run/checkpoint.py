@@ -114,7 +114,8 @@ def save_checkpoint(path, checkpoint, keep=1):
 # Types of the fields that every reader of a checkpoint relies on.
 FIELDS = {
     "format": int, "arch": str, "norm": str, "num_classes": int, "image_size": int, "dataset": str,
-    "method": str, "step": int, "args": dict, "model": dict,
+    "method": str, "step": int, "args": dict, "model": dict, "optimizer": dict, "scaler": dict,
+    "metrics": dict, "total": int,
 }  # fmt: skip
 
 

@@ -305,7 +305,7 @@ class RunDir:
                 group.update(options)  # they may have been changed for the rest of the run
             if state.get("scaler"):
                 scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = str(error).strip().split("\n")[0][:100]
             path = self.dir / name
             raise UserError(f"{path}: does not fit these options ({reason})") from None
