@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-import sys
 
 import pytest
 import torch
@@ -622,16 +621,6 @@ def test_autoattack_as_a_function():
     )
     assert again == accuracy and (same - adv).abs().max() < 2.4 / 255
     assert attacks.autoattack(net, x[:0], y[:0])[0] == 0
-
-
-def test_examples_of_the_docstrings():
-    import doctest
-
-    from common.attacks import autoattack  # the function; its module is found by its name
-
-    module = sys.modules[autoattack.__module__]
-    found = doctest.testmod(module, extraglobs={"torch": torch})
-    assert found.attempted >= 4 and not found.failed
 
 
 def test_eps_that_is_clearly_a_fraction():

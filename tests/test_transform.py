@@ -199,3 +199,93 @@ def test_the_transform_of_all_corruptions(x):
     for name in corruptions.EVERY:
         found = Corrupt(name, (1, 2, 3, 4, 5))(x[0] / 255)
         assert found.shape == (3, 32, 32) and 0 <= found.min() and found.max() <= 1, name
+
+
+# --- corruption_table -----------------------------------------------------------------------------
+
+
+class Bright(torch.nn.Module):
+    """Class 1 for an image whose mean is above 0.5, else class 0; with a parameter to find."""
+
+    def __init__(self):
+        super().__init__()
+        self.threshold = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        above = x.mean((1, 2, 3)) - self.threshold
+        return {"logits": torch.stack([-above, above], 1)}
+
+
+@pytest.fixture(scope="module")
+def grey():
+    """Thirty flat images from dark to light, uint8, and what Bright says of them."""
+    level = torch.arange(30, dtype=torch.uint8) * 8 + 3
+    return level[:, None, None, None].expand(-1, 3, 32, 32), (level > 127.5).long()
+
+
+def test_the_table_counts_what_is_wrong(grey, capsys):
+    """Brightness adds to every level, so the images that it lifts over the threshold are wrong."""
+    x, y = grey
+    net = Bright().train()
+    table = corruptions.corruption_table(net, x, y, names=["brightness", "contrast"])
+    assert list(table) == ["clean", "brightness", "contrast", "mean"]
+    assert table["clean"] == 0 and net.training
+    added = (0.05, 0.1, 0.15, 0.2, 0.3)
+    level = x[:, 0, 0, 0].double()
+    lifted = [
+        (((level + 255 * a).floor() > 127.5) != (y == 1)).double().mean().item() for a in added
+    ]
+    assert table["brightness"] == pytest.approx(100 * sum(lifted) / 5, abs=1e-9)
+    assert table["contrast"] == 0  # a flat image stays as it is
+    assert table["mean"] == pytest.approx(table["brightness"] / 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_table_of_any_form_and_batch(grey):
+    x, y = grey
+    names = ["gaussian_noise", "brightness"]
+    table = corruptions.corruption_table(Bright(), x, y, names, seed=3)
+    for images, labels, size in (
+        (x.float() / 255, y.int(), 7),
+        (x.permute(0, 2, 3, 1).numpy(), y.numpy(), 500),
+        (x.numpy(), y.tolist(), 1),
+    ):
+        again = corruptions.corruption_table(
+            Bright(), images, labels, names, seed=3, batch_size=size
+        )
+        assert again == table
+
+
+def test_the_table_is_that_of_the_command(grey):
+    """The same images as corruption_errors, all 15 and 5; printed where asked."""
+    x, y = grey
+    images = type("Images", (), {"x": x, "y": y, "device": x.device})()
+    lines = []
+    table = corruptions.corruption_table(Bright(), x, y, report=lines.append)
+    assert list(table) == ["clean", *corruptions.NAMES, "mean"]
+    assert lines[-1].split() == ["mean", f"{table['mean']:.2f}"] and len(lines) == 17
+    for name in ("fog", "gaussian_noise"):
+        wrong = 0
+        for severity in corruptions.SEVERITIES:
+            found = run.predict(Bright(), corrupt(images.x, name, severity, seed=0))
+            wrong += (found.argmax(1) != y).sum().item()
+        assert table[name] == pytest.approx(100 * wrong / 150)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": [0, 1]}, r"30 images and labels \(2,\)"),
+        ({"y": torch.zeros(30)}, "whole numbers"),
+        ({"y": -torch.ones(30).long()}, "whole numbers from 0"),
+        ({"y": torch.arange(30)}, "labels up to 29, but the model has 2 logits"),
+        ({"names": ["fogg"]}, "did you mean 'fog'"),
+        ({"names": []}, "at least one corruption"),
+        ({"severities": (0,)}, "severity 0"),
+        ({"x": torch.zeros(30, 32, 32)}, r"got \(30, 32, 32\)"),
+    ],
+)
+def test_the_table_refuses(grey, change, message):
+    given = {"x": grey[0], "y": grey[1], "names": ["fog"]} | change
+    with pytest.raises(ValueError, match=message):
+        corruptions.corruption_table(Bright(), **given)

@@ -20,7 +20,7 @@ Frost needs six photographs that are not part of this project: see `frost_textur
 """
 
 from common.corruptions.engine import CHUNK, apply, corrupt, draw
-from common.corruptions.measure import corruption_errors, describe
+from common.corruptions.measure import corruption_errors, corruption_table, describe
 from common.corruptions.names import (
     EVERY,
     EXTRA,
@@ -47,6 +47,7 @@ __all__ = [
     "apply",
     "corrupt",
     "corruption_errors",
+    "corruption_table",
     "describe",
     "draw",
     "frost_textures",

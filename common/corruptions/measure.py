@@ -3,8 +3,9 @@
 import torch
 
 from common import run
-from common.corruptions.engine import corrupt
-from common.corruptions.names import NAMES
+from common.corruptions.engine import _check_name, _severities, corrupt
+from common.corruptions.images import as_batch
+from common.corruptions.names import NAMES, SEVERITIES
 from common.corruptions.weather import frost_textures
 
 
@@ -32,3 +33,81 @@ def describe(dataset, args):
         f"corrupted: mean of 15 corruptions x 5 severities, {count} images, generated with seed 0\n"
         f"  frost: {frost_textures(data_dir=args.data_dir)[1]}"
     )
+
+
+def corruption_table(
+    model,
+    x,
+    y,
+    names=NAMES,
+    severities=SEVERITIES,
+    seed=0,
+    batch_size=500,
+    *,
+    report=None,
+    **options,
+):
+    """The error (%) of a model on clean images and under each corruption, as a dict.
+
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    >>> x, y = torch.rand(20, 3, 32, 32), torch.arange(20) % 10
+    >>> list(corruption_table(net, x, y, names=["fog", "contrast"]))
+    ['clean', 'fog', 'contrast', 'mean']
+
+    model: a module in any mode, from images (N,3,S,S) in [0,1] to logits (N,K), a tuple that begins
+        with them, or a dict with the key "logits". The images go to its device, batch by batch.
+    x: images in any form that `corrupt` takes; floats are rounded to grey levels.
+    y: (N,) labels, a tensor, an array or a list of whole numbers.
+    names, severities: the corruptions, and the severities that each error is the mean of.
+    seed: of the corruptions; image i has the same noise in every call.
+    report: a function that gets each line of the table as it is measured, such as print.
+    options: scale, frost_dir and data_dir of `corrupt`. Without its textures frost is procedural.
+
+    "mean" is the mean over the names, without "clean". Raises run.InputError for bad input.
+    """
+    x, _ = as_batch(x)
+    y = _labels(y, len(x))
+    names = [names] if isinstance(names, str) else list(names)
+    severities = _severities(list(severities), len(severities)).tolist()
+    if not names or not severities:
+        raise run.InputError("give at least one corruption and one severity")
+    for name in names:
+        _check_name(name)
+    device = next((p.device for p in model.parameters()), x.device)
+
+    def error(name=None, severity=None):
+        wrong = 0
+        for rows in torch.arange(len(x)).split(batch_size):
+            part, truth = x[rows].to(device), y[rows].to(device)
+            if name:
+                index = rows.to(device)
+                part = corrupt(part, name, severity, seed, index, **options)
+            logits = run.predict(model, part, batch_size=batch_size)
+            if rows[0] == 0 and y.max() >= logits.shape[1]:
+                raise run.InputError(
+                    f"labels up to {y.max()}, but the model has {logits.shape[1]} logits"
+                )
+            wrong += run.counts(logits, truth)[1].item()
+        return 100 * wrong / len(x)
+
+    def noted(name, value):
+        if report:
+            report(f"{name:18} {value:6.2f}")
+        table[name] = value
+
+    table = {}
+    noted("clean", error())
+    for name in names:
+        noted(name, sum(error(name, severity) for severity in severities) / len(severities))
+    noted("mean", sum(table[name] for name in names) / len(names))
+    return table
+
+
+def _labels(y, count):
+    """int64 (count,) of labels; InputError unless there is one for each image."""
+    y = torch.as_tensor(y)
+    if y.shape != (count,) or not count:
+        raise run.InputError(f"{count} images and labels {tuple(y.shape)}: give one for each image")
+    if y.is_floating_point() or y.dtype == torch.bool or y.min() < 0:
+        raise run.InputError("labels are whole numbers from 0 on")
+    return y.long()
