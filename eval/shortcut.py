@@ -210,33 +210,27 @@ def teacher_for(levels, seed, dataset, args, precision):
     return model, curve
 
 
-def sentence(rows, study):
-    """What the numbers say, made from them."""
-    last = {}
-    for row in rows:
-        last.setdefault((row["levels"], row["norm"]), []).append(row["curve"][-1])
-    parts = []
-    for levels in sorted({k[0] for k in last}):
-        words = []
-        for (size, norm), ends in last.items():
-            if size == levels:
-                clean, swapped = (statistics.mean(e[k] for e in ends) for k in ("clean", "swapped"))
-                words.append(f"{norm} {clean:.1f} / {swapped:.1f}")
-        parts.append(f"{levels:g} levels: {', '.join(words)}")
-    return f"{study}, accuracy % clean / swapped at the end; " + "; ".join(parts)
-
-
-def print_changes(rows):
-    """A line per change and network: accuracy in %, mean over seeds."""
+def markdown(rows):
+    """A table of what the rows say at their end: accuracy in %, mean +- deviation over seeds."""
     ends = {}
     for row in rows:
-        ends.setdefault((row["change"], row["norm"]), []).append(row["curve"][-1])
-    names = ("clean", "without", "swapped")
-    table = []
-    for (change, norm), found in ends.items():
-        means = [statistics.mean(end[name] for end in found) for name in names]
-        table.append([change, norm, *(f"{mean:.1f}" for mean in means), str(len(found))])
-    print(run.table(table, ["recipe", "network", "clean", "removed", "swapped", "seeds"]))
+        about = row.get("change", "usual"), row["levels"], row["norm"]
+        ends.setdefault(about, []).append(row["curve"][-1])
+    recipes = len({change for change, _, _ in ends}) > 1
+    order = {change: place for place, change in enumerate(CHANGES)}
+    header = ["recipe"] if recipes else []
+    header += ["grey levels", "network", "clean", "grating removed", "grating swapped", "seeds"]
+    lines = [header, ["---"] * len(header)]
+    for about, found in sorted(ends.items(), key=lambda end: (order[end[0][0]], end[0][1])):
+        change, levels, norm = about
+        cells = [change] if recipes else []
+        cells += [f"{levels:g}", f"`{norm}`"]
+        for name in ("clean", "without", "swapped"):
+            values = [end[name] for end in found]
+            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append([*cells, str(len(found))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def figure(rows, study, path):
@@ -299,11 +293,10 @@ def main(args):
     rows = read(args.json)
     if not rows:
         raise run.UserError(f"{args.json}: no finished network to draw; run without --draw first")
-    if args.study == "recipe":
-        return print_changes(rows)
-    path = args.json.with_suffix(".svg")
-    figure(rows, args.study, path)
-    print(f"{sentence(rows, args.study)}\nfigure: {path}")
+    print(f"\naccuracy in %, mean +- standard deviation over seeds\n\n{markdown(rows)}")
+    if args.study != "recipe":
+        figure(rows, args.study, args.json.with_suffix(".svg"))
+        print(f"figure: {args.json.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":

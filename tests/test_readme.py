@@ -9,6 +9,7 @@ import statistics as st
 import pytest
 
 from common import run
+from eval import shortcut
 
 READMES = ("README.md", "common/README.md", "eval/README.md", "eval/results/README.md")
 RESULTS = run.ROOT / "eval" / "results"
@@ -130,19 +131,19 @@ def test_numbers_of_the_ablation_are_those_of_the_file():
         assert f"| {label} BatchNorm | {accuracy:.0f} | {width:.2f} |" in text("README.md")
 
 
-def test_numbers_of_the_shortcut_are_those_of_the_files():
-    kinds = ("clean", "without", "swapped")
-    ends = {}
-    for row in json.loads((RESULTS / "shortcut_shapes.json").read_text())["rows"]:
-        ends.setdefault(row["norm"], []).append(row["curve"][-1])
-    for norm, found in ends.items():
-        (cells,) = rows_of("eval/results/README.md", f"{norm}, 3 levels")
-        values = [[end[kind] for end in found] for kind in kinds]
-        assert cells[1:] == [f"{st.mean(v):.1f} +- {st.stdev(v):.1f}" for v in values]
-    for row in json.loads((RESULTS / "shortcut_cifar10.json").read_text())["rows"]:
-        cells = [f"{row['levels']:g}", f"`{row['norm']}`"]
-        cells += [f"{row['curve'][-1][kind]:.1f}" for kind in kinds]
-        assert f"| {' | '.join(cells)} |" in text("eval/results/README.md")
+def test_numbers_of_plain_shapes_are_those_of_the_file():
+    rows = json.loads((RESULTS / "shapes_plain.json").read_text())["rows"]
+    for network, title in (("teacher", "teacher, without"), ("baseline", "baseline, with")):
+        found = [row for row in rows if row["network"] == network and row["threads"] == 1]
+        errors = ", ".join(f"{row['error']:.2f}" for row in found)
+        expected = f"| {title} BatchNorm | {found[0]['epochs']} | {errors} |"
+        assert expected in text("eval/results/README.md")
+
+
+@pytest.mark.parametrize("study", ["shapes", "cifar10"])
+def test_numbers_of_the_shortcut_are_those_of_the_files(study):
+    rows = shortcut.read(RESULTS / f"shortcut_{study}.json")
+    assert shortcut.markdown(rows) in text("eval/results/README.md")
 
 
 def test_numbers_of_the_question_are_those_of_the_file():
