@@ -70,18 +70,18 @@ def parse_args(argv=None):
     add("--agc", type=nonnegative(float), default=0.0, help="ratio of adaptive clipping; 0: none")
     add("--dropout", type=run.fraction, help="share of the features set to 0")
     add("--drop-path", type=run.fraction, help="chance that the last block is left out")
+    add("--ema", type=run.fraction, default=0.0, help="decay of the averaged weights; 0: none")
     add = parser.add_argument_group("method").add_argument
     add("--lam", type=float, default=0.5, help="weight of the attacked images, 0 to 1")
     add("--loss", default="mixture", choices=["mixture", "trades"], help="the objective")
     add("--beta", type=nonnegative(float), default=6.0, help="weight of the divergence in trades")
     add("--label-smoothing", type=run.fraction, help="share (default: 0.1, for trades 0)")
-    streams = ["clean", "adv"]
-    add("--streams", type=run.listed(str), default=streams, help="of clean,deepaug,tda,adv")
+    add("--streams", type=run.listed(str), default=["clean", "adv"], help="also deepaug, tda")
     add("--deepaug-dir", metavar="DIR", help="class folders of DeepAugment images, for deepaug")
     add = parser.add_argument_group("attack").add_argument
     add("--eps", type=positive(float), help="radius, of 255")
     add("--alpha", type=positive(float), help="step, of 255 (default: min(1.25 eps, eps + 4) / n)")
-    add("--attack-steps", type=positive(int), help="number n of steps in training")
+    add("--attack-steps", type=positive(int), help="number n of steps; 1: FGSM, random start")
     add("--attack-norm", default="linf", choices=["linf", "l2"], help="norm of the radius")
     add("--attack-mode", default="eval", choices=["eval", "train"], help="mode of the network")
     add("--capture", action=run.Flag, default=True, help="attack steps as CUDA graphs on a GPU")
@@ -256,7 +256,7 @@ def train(stage, model, args, task, rundir, precision):
     warmup = round(args.warmup * per_epoch)
     hold = per_epoch if args.schedule == "epoch" else 1
     graphs = attacks.Graphs() if args.capture else None
-    radius = (args.eps, args.attack_norm, precision)
+    judge = (["pgd-10"], args.eps, args.attack_norm, precision)
     chance = 100 - 100 / model.spec["num_classes"]
     for step in loop:
         x, y = task.batches(step)
@@ -276,8 +276,8 @@ def train(stage, model, args, task, rundir, precision):
         loop.log(loss=loss, **shown, **curves(logits, terms, y))
 
         if loop.evaluates:
-            error = run.evaluate(model, task.held_out, precision)["error"]
-            pgd_error = attacks.robust_errors(model, task.probe, ["pgd-10"], *radius)["pgd-10"]
+            error = run.evaluate(loop.average.model, task.held_out, precision)["error"]
+            pgd_error = attacks.robust_errors(loop.average.model, task.probe, *judge)["pgd-10"]
             least = attacks.warn_of_fall(loop.metrics, pgd_error, chance)
             loop.report(error=error, pgd_error=pgd_error, least_pgd_error=least)
             if task.selects:

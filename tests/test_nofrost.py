@@ -110,6 +110,44 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch):
     assert same(weights(tmp_path / "r" / "last.pt"), weights(finished[0] / "last.pt"))
 
 
+@pytest.mark.parametrize("stop", [2, 4])
+def test_average_of_weights(tmp_path, monkeypatch, stop):
+    """The checkpoint holds the average by its definition, and resumes exactly."""
+    taken, averages = [], []
+    real = run.RunDir.save
+
+    def save(self, name, checkpoint):
+        real(self, name, checkpoint)
+        for found, part in ((taken, "trained"), (averages, "model")):
+            found.append({k: v.clone() for k, v in checkpoint[part].items()})
+
+    options = ["--ema", "0.5", "--norm", "bn", "--limit", "32", "--epochs", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run.RunDir, "save", save)
+        final = train(tmp_path / "whole", *options)
+    assert len(taken) == 4  # one step an epoch
+    start = nofrost.build("bn", nofrost.parse_args([*FAST, *options]), data.load("shapes"), "cpu")
+    average = start.state_dict()
+    for step, trained in enumerate(taken[:3], start=1):
+        kept = min(0.5, (1 + step) / (10 + step))
+        for name, value in trained.items():
+            new = torch.lerp(value, average[name], kept) if value.is_floating_point() else value
+            average[name] = new
+    assert all(torch.allclose(averages[2][k], v, atol=1e-6) for k, v in average.items())
+    assert same(taken[3], averages[3]) and not same(taken[2], averages[2])
+
+    def interrupt(self, name, checkpoint):
+        real(self, name, checkpoint)
+        if checkpoint["step"] == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.RunDir, "save", interrupt)
+        train(tmp_path / "r", *options)
+    assert nofrost.main(nofrost.parse_args(["--resume", str(tmp_path / "r")])) == final
+    assert same(weights(tmp_path / "r" / "last.pt"), weights(tmp_path / "whole" / "last.pt"))
+
+
 @pytest.mark.parametrize("options", [
     ["--norm", "dual-bn"], ["--norm", "bn", "--attack-mode", "train"], ["--norm", "gn"],
     ["--norm", "in", "--val-size", "20"], ["--norm", "ln"], ["--norm", "none", "--lam", "1"],

@@ -11,8 +11,7 @@
             loop.report(**evaluate(model, held_out))
 
 The loop sets training mode and the seed before each step. After each step it saves when due, and
-leaves in order when a signal came. The forward pass, the loss and the order of events stay in the
-script.
+leaves in order at a signal. Forward pass, loss and the order of events stay in the script.
 """
 
 import math
@@ -20,6 +19,7 @@ import time
 
 import torch
 
+from common.run.average import Average
 from common.run.checkpoint import load_checkpoint
 from common.run.device import compiled, rank, seed_key, spread, summed, wants_compiled, world
 from common.run.errors import Diverged
@@ -36,10 +36,9 @@ class Loop:
 
     stage: the network's name in the run ("teacher"); its TensorBoard sub-run and checkpoint.
     batches: gives per_epoch, batch_size and seed. epochs, or steps: the length.
-
     net: what to call in the loop: the model, spread over processes, compiled if asked for.
     total: steps in all. evaluates, ends_epoch: flags of the current step.
-    metrics: what was reported last. best: the best score kept.
+    metrics: what was reported last. best: the best score kept. average.model: what to evaluate.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Loop:
         self.thins = options["save_every"] is None
         self.save_seconds = 60 * (options["save_minutes"] or math.inf)
         state = rundir.restore(stage, model, optimizer, precision.scaler)
+        self.average = Average(model, options.get("ema", 0.0), state)
         self.start = state.get("step", 0)
         self.metrics = state.get("metrics", {})
         self.best = state.get("best")
@@ -130,6 +130,7 @@ class Loop:
             norm = torch.nn.utils.get_total_norm(grads)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.average.update(self.done, self.total)
         self._watch.add(self.done - 1, lr, self._loss, norm)
         self._lr = lr
         self._norm = norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm
@@ -154,7 +155,7 @@ class Loop:
         """Keep the weights of the highest score; `load_best` brings them back, if any."""
         if self.best is None or score > self.best:
             self.best = score
-            content = {"step": self.done, "metrics": self.metrics, "model": self.model.state_dict()}
+            content = {"step": self.done, "metrics": self.metrics, **self.average.state()}
             self.rundir.save_best(self.stage, self.model.spec | content)
 
     def load_best(self):
@@ -197,7 +198,7 @@ class Loop:
             self.check(together=False)
             state = {"step": self.done, "total": self.total, "metrics": self.metrics}
             state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}
-            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {**self.average.state(), "optimizer": self.optimizer.state_dict()}
             self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)
             self._saved = time.monotonic()
             self._cost = self._saved - began
@@ -206,8 +207,7 @@ class Loop:
 
     def _told_to_stop(self):
         """Whether a signal came. The processes agree: all must stop after the same step."""
-        if world() == 1:
-            return self.rundir.signal is not None
-        if self.done % ASK_EVERY and self.done != self.total:
-            return False
-        return bool(summed(torch.tensor(float(self.rundir.signal is not None))))
+        came = self.rundir.signal is not None
+        if world() == 1 or (self.done % ASK_EVERY and self.done != self.total):
+            return came and world() == 1
+        return bool(summed(torch.tensor(float(came))))
