@@ -127,6 +127,7 @@ def evaluate(path, cache, args, precision, device):
     else:
         checkpoint = run.load_checkpoint(path)
         model = models.from_checkpoint(checkpoint, args.arch)
+    models.say_unfinished(path, {"unfinished": models.unfinished(checkpoint)})
     options = checkpoint.get("args", {})
     domain, dataset = options.get("test_domain"), str(checkpoint.get("dataset"))
     if dataset in data.IMAGENET:
@@ -144,6 +145,8 @@ def evaluate(path, cache, args, precision, device):
     if dataset in data.IN9_TESTS:
         found["BG-gap"] = found["mixed-same"] - found["mixed-rand"]
     facts = {k: checkpoint.get(k) for k in ("method", "stage", "arch", "norm", "step")}
+    if models.unfinished(checkpoint):
+        facts["unfinished"] = models.unfinished(checkpoint)
     facts |= {
         "dataset": dataset,
         "trained_on": checkpoint.get("dataset"),

@@ -16,7 +16,9 @@ from common.models.evaluation import (
     add_gamma,
     for_evaluation,
     place_of,
+    say_unfinished,
     triple,
+    unfinished,
     with_gamma,
 )
 from common.models.init import (
@@ -189,11 +191,13 @@ __all__ = [
     "place_of",
     "pool",
     "published",
+    "say_unfinished",
     "scale_branches",
     "set_drop_path",
     "set_noise",
     "shift",
     "triple",
+    "unfinished",
     "use_statistics",
     "wide_size",
     "with_gamma",

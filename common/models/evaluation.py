@@ -70,12 +70,29 @@ def deviations(text):
     return values
 
 
+def unfinished(checkpoint):
+    """Where the training of a checkpoint stands, as "step 175 of 400"; None at its end.
+
+    The checkpoint of a selected epoch does not say how long the training was: None, too.
+    """
+    step, total = checkpoint.get("step"), checkpoint.get("total")
+    return f"step {step} of {total}" if step and total and step < total else None
+
+
+def say_unfinished(label, facts):
+    """Print that a network's training has not ended, where its facts say so."""
+    if facts.get("unfinished") and not run.rank():
+        print(f"{label}: {facts['unfinished']}, its training has not ended", flush=True)
+
+
 def of_checkpoint(path, args):
     """(label, model, facts) of a checkpoint of this project."""
     checkpoint = run.load_checkpoint(path)
     model = from_checkpoint(checkpoint, args.arch)
     keys = ("method", "stage", "arch", "norm", "dataset", "num_classes", "step")
     facts = {key: checkpoint.get(key) for key in keys}
+    if unfinished(checkpoint):
+        facts["unfinished"] = unfinished(checkpoint)
     options, paths = checkpoint.get("args", {}).items(), ("out", "data_dir", "teacher", "device")
     facts["options"] = {key: value for key, value in options if key not in paths}
     place = Path(path)
@@ -174,6 +191,8 @@ def for_evaluation(args, device):
     found = sorted({str(facts["dataset"]) for _, _, facts in networks})
     if len(found) > 1:
         raise UserError(f"the checkpoints are of different data sets: {', '.join(found)}")
+    for label, _, facts in networks:
+        say_unfinished(label, facts)
     return networks, found[0]
 
 

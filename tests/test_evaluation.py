@@ -1,0 +1,59 @@
+"""common/models/evaluation.py: what the evaluations say of a checkpoint, whichever script it is."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from common import data, models, run
+
+OPTIONS = {
+    "corruptions": ["--corruptions", "fog", "--severities", "1", "--limit", "10"],
+    "adversarial": ["--attacks", "fgsm", "--limit", "10"],
+    "smoothness": ["--limit", "10", "--measures", "gradient"],
+    "domains": [],
+}
+
+
+def load_script(name):
+    path = run.ROOT / "eval" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"eval_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    sizes = {"train": 60, "test": 40}
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", data.sets.SHAPES_SIZES | sizes)
+
+
+def checkpoint(path, **facts):
+    torch.manual_seed(0)
+    model = models.build("resnet8", "bn", image_size=32)
+    state = model.spec | {"dataset": "shapes", "model": model.state_dict(), "method": "ct"}
+    run.save_checkpoint(path, state | {"args": {"seed": 0, "test_domain": "filled"}} | facts)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_unfinished_training_is_said_first(name, tmp_path, capsys):
+    script = load_script(name)
+    for step, said in ((175, "step 175 of 400"), (400, None)):
+        path = checkpoint(tmp_path / f"{step}.pt", step=step, total=400)
+        out = tmp_path / f"{step}.json"
+        command = [path, *OPTIONS[name], "--json", str(out), "--device", "cpu"]
+        script.main(script.parse_args(command))
+        first = capsys.readouterr().out.strip().split("\n")[0]
+        (entry,) = json.loads(out.read_text())["checkpoints"]
+        assert entry.get("unfinished") == said
+        assert (f"{step}" in first and first.endswith("training has not ended")) == bool(said)
+        assert said is None or f": {said}, " in first
+
+
+def test_where_a_training_stands():
+    assert models.unfinished({"step": 1, "total": 2}) == "step 1 of 2"
+    for ended in ({"step": 2, "total": 2}, {"step": 2}, {}, {"step": 0, "total": 0}):
+        assert models.unfinished(ended) is None  # of a selected epoch, or of another project
