@@ -20,9 +20,8 @@ measuring, bit for bit. Figures go to <run>/figures as SVG, bands to TensorBoard
 The paper leaves open or contradicts itself on, and here:
   1. VGG         vgg16: 13 convolutions, the normaliser before each ReLU, one linear layer
   2. loss        includes 0.5 * --weight-decay * ||weights||^2, as the paper's plots suggest
-  3. gradients   of the same batch at both points, as in the text. Late in training its gradient is
-                 gone after the smallest step: the difference is g itself, and beta settles at 1 /
-                 (smallest eta), the 20 of Fig. 4c, for both nets; it tells nothing of them then
+  3. gradients   of the same batch at both points, as in the text. Late in training the gradient
+                 is gone after the smallest step. Then beta is 1 / (smallest eta), the 20 of Fig. 4c
   4. linear net  loss 0.5 * sum of squares, no normaliser after the last matrix, fp64
   5. noise       as in models.NoisyBatchNorm; l1, l2, linf as in models.LpNorm
   6. precision   fp32 by default: the differences measured are of the size of bf16's rounding
@@ -44,10 +43,13 @@ from common import data, models, run
 
 # --- options ------------------------------------------------------------------------------------
 
-VGG = {"arch": "vgg16", "steps": 15_000, "lrs": [0.1], "step_sizes": [0.5, 1.0, 2.0, 4.0]}
+VGG = {
+    "arch": "vgg16", "steps": 15_000, "lrs": [0.1], "step_sizes": [0.5, 1.0, 2.0, 4.0],
+    "eval_every": 500,
+}  # fmt: skip
 DEFAULTS = {
-    "shapes": VGG | {"arch": "vgg11-16", "steps": 600, "lrs": [0.3]},
-    "gaussian": {
+    "shapes": VGG | {"arch": "vgg11-16", "steps": 600, "lrs": [0.3], "eval_every": 50},
+    "gaussian": VGG | {
         "arch": "dln25", "steps": 10_000, "lrs": [1e-6], "step_sizes": [0.01, 0.1, 1.0, 10.0, 30.0]
     },
     "folders": VGG,
@@ -81,7 +83,7 @@ def parse_args(argv=None):
     add("--slots", type=places, help="normalisers whose output is recorded (default: two)")
     add("--random", action=run.Flag, default=True, help="measure along a random direction too")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=positive(int), default=500, help="steps between evaluations")
+    add("--eval-every", type=positive(int), metavar="STEPS", help="steps between evaluations")
     add("--seeds", type=positive(int), default=1, help="number of seeds, from --seed on")
     run.add_arguments(parser, DEFAULTS)
     parser.set_defaults(precision="fp32", augment=False)
@@ -112,9 +114,9 @@ def objective(out, y, weights, decay):
     return loss
 
 
-def distance(a, b):
-    """Euclidean distance of two lists of tensors, 0-d."""
-    return torch.stack([(p - q).square().sum() for p, q in zip(a, b, strict=True)]).sum().sqrt()
+def length(tensors):
+    """Euclidean length of a list of tensors, 0-d."""
+    return torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
 
 
 class Probe:
@@ -150,10 +152,10 @@ def landscape(probe, params, grads, direction, etas):
         moved = {k: p - eta * d for (k, p), d in zip(params.items(), direction, strict=True)}
         loss, there = probe.gradient(moved)
         losses.append(loss)
-        differences.append(distance(grads, there))
-    length = distance(direction, [torch.zeros_like(d) for d in direction]).item()
+        differences.append(length([g - h for g, h in zip(grads, there, strict=True)]))
+    step = length(direction).item()
     losses, differences = torch.stack(losses).tolist(), torch.stack(differences).tolist()
-    ratios = [d / (eta * length or math.inf) for d, eta in zip(differences, etas, strict=True)]
+    ratios = [d / (eta * step or math.inf) for d, eta in zip(differences, etas, strict=True)]
     return {"loss_at": losses, "difference_at": differences, "beta": max(ratios)}
 
 
@@ -171,7 +173,7 @@ def covariate_shift(probe, old, new, grads, layers):
         (other,) = torch.autograd.grad(probe.loss(mixed), weight)
         g = grads[layer]
         cosine = F.cosine_similarity(g.flatten(), other.flatten(), dim=0)
-        result[layer] = (distance([g], [other]).item(), cosine.item())
+        result[layer] = (length([g - other]).item(), cosine.item())
     return result
 
 
@@ -208,15 +210,14 @@ def measure(model, old, grads, batches, step, lr, targets, args):
     if args.random:
         rng = run.generator(args.seed, "direction", step)
         noise = [torch.randn(g.shape, dtype=g.dtype, generator=rng).to(g.device) for g in grads]
-        zeros = [torch.zeros_like(g) for g in grads]
-        scale = distance(grads, zeros) / distance(noise, zeros)
+        scale = length(grads) / length(noise)
         found = landscape(probe, old, grads, [scale * n for n in noise], etas)
         row |= {f"random_{k}": v for k, v in found.items()}
     shift = covariate_shift(probe, old, new, dict(zip(old, grads, strict=True)), targets["layers"])
     row["shift"] = {targets["layers"][k]: v for k, v in shift.items()}
     values = activations(probe, old, targets["units"])
-    following = Probe(model, *batches(step + 1), run.seed_key(args.seed, "step", step + 1), 0)
-    following = activations(following, new, targets["units"])
+    after = Probe(model, *batches(step + 1), run.seed_key(args.seed, "step", step + 1), 0)
+    following = activations(after, new, targets["units"])
     row["slots"], histograms = {}, {}
     for slot, number in targets["slots"].items():
         a = histograms[f"slot_{number}"] = values[slot].float()
@@ -351,8 +352,7 @@ def main(args):
             ends[name] = {"diverged": error.step}
             rundir.log(run=name, event="diverged", step=error.step)
             print(f"{name}: diverged at step {error.step}")
-        history = run.read_history(rundir.dir, ends)
-        run.custom_scalars(rundir.writer(name), run.banded(history[name]))
+        run.lay_out_bands(rundir, name)
     return report(ends, task, len(dataset.classes), args, rundir)
 
 

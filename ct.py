@@ -46,7 +46,7 @@ NORMS = ("bn", "gn", "in", "ln", "none")
 AUGMIX_JSD = 12.0  # AugMix's factor of the divergence between its views
 USUAL = {"arch": "wrn40-2", "epochs": 100, "lam": 5.0, "eval_every": 5}
 DEFAULTS = {
-    "shapes": {"arch": "wrn10-1", "epochs": 8, "lam": 20.0, "eval_every": 1},
+    "shapes": {"arch": "wrn10-1", "epochs": 8, "lam": 20.0, "eval_every": 0.8},
     **dict.fromkeys(("cifar10", "cifar100", "svhn"), USUAL),
     "folders": USUAL | {"arch": "resnet18", "epochs": 90},
 }
@@ -234,6 +234,7 @@ def report(networks, dataset, args, rundir, precision):
     errors = {name: run.errors_of(networks, images, precision) for name, images in tests.items()}
     if args.corrupted_images:
         errors["corrupted"] = corruptions.corruption_errors(networks, dataset, args, precision)
+        corruptions.show(networks, dataset, args, rundir)
     final = {f"{metric}/{k}": v for metric, row in errors.items() for k, v in row.items()}
     rundir.close(final)
 

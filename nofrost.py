@@ -46,7 +46,7 @@ DEFAULTS = {
     "shapes": SMALL | {
         "arch": "wrn10-1", "norms": ["nf", "bn", "dual-bn"], "epochs": 8, "batch_size": 64,
         "lr": 0.3, "eps": 4.0, "attack_steps": 1, "robust_images": 100,
-        "image_size": 16,
+        "image_size": 16, "eval_every": 0.8,
     },
     **dict.fromkeys(("cifar10", "cifar100", "svhn", "tiny-imagenet"), SMALL),
     "folders": SMALL | {

@@ -20,7 +20,7 @@ Frost needs six photographs that are not part of this project: see `frost_textur
 """
 
 from common.corruptions.engine import CHUNK, apply, corrupt, draw
-from common.corruptions.measure import corruption_errors, corruption_table, describe
+from common.corruptions.measure import corruption_errors, corruption_table, describe, show
 from common.corruptions.names import (
     EVERY,
     EXTRA,
@@ -53,4 +53,5 @@ __all__ = [
     "frost_textures",
     "listed_names",
     "listed_severities",
+    "show",
 ]  # fmt: skip

@@ -8,6 +8,8 @@ from common.corruptions.images import as_batch
 from common.corruptions.names import NAMES, SEVERITIES
 from common.corruptions.weather import frost_textures
 
+SHOWN = ("gaussian_noise", "defocus_blur", "fog", "contrast")  # in the picture, below the originals
+
 
 def corruption_errors(networks, dataset, args, precision=None):
     """{name: mean error (%)} over the 15 corruptions and 5 severities, generated with seed 0.
@@ -111,3 +113,19 @@ def _labels(y, count):
     if y.is_floating_point() or y.dtype == torch.bool or y.min() < 0:
         raise run.InputError("labels are whole numbers from 0 on")
     return y.long()
+
+
+def show(networks, dataset, args, rundir):
+    """Write a picture for TensorBoard: test images, corrupted ones, and what each network says.
+
+    networks: {name: model}; one that was not trained in this run has no sub-run, and no picture.
+    """
+    few = dataset.test.take(slice(0, 8)).x
+    options = {"severity": 3, "data_dir": args.data_dir, "scale": dataset.scale}
+    x = torch.cat([few, *(corrupt(few, name, **options) for name in SHOWN)])
+    for name, model in networks.items():
+        if rundir.step(name):
+            said = [str(dataset.classes[k]) for k in run.predict(model, x).argmax(1)]
+            picture = run.captioned(run.to_float(x), said, len(few))
+            writer = rundir.writer(name)
+            writer.add_image("corrupted", picture, rundir.step(name), dataformats="HWC")

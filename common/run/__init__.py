@@ -1,6 +1,6 @@
 """Everything around a method: errors, options, device, checkpoints, the run directory, the loop."""
 
-from common.run.bands import banded, draw_bands, read_history, record, write_bands
+from common.run.bands import draw_bands, lay_out_bands, read_history, record, write_bands
 from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
@@ -110,7 +110,6 @@ __all__ = [
     "add_evaluation_arguments",
     "add_recipe_arguments",
     "add_table_arguments",
-    "banded",
     "by_data",
     "by_metric",
     "can_compile",
@@ -142,6 +141,7 @@ __all__ = [
     "get_device",
     "git_hash",
     "has_bf16",
+    "lay_out_bands",
     "line_chart",
     "line_plot",
     "listed",

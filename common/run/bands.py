@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 
-from common.run.chart import line_chart
+from common.run.chart import custom_scalars, line_chart
 from common.run.checkpoint import versions
 from common.run.device import rank, wait
 from common.run.results import finite, write_json
@@ -66,13 +66,14 @@ def write_bands(rundir, ends, args):
     return folder, summaries
 
 
-def banded(rows):
-    """The charts of `run.custom_scalars`: margins for the measurements that have a band."""
+def lay_out_bands(rundir, stage):
+    """Show the measurements of a network that have a band under CUSTOM SCALARS."""
     banded = {}
-    for row in rows:
+    for row in read_history(rundir.dir, [stage])[stage]:
         for chart, (_, low, high) in charts(row).items():
             banded[chart] = banded.get(chart, False) or low < high
-    return {chart: ([chart],) for chart, has_band in banded.items() if has_band}
+    shown = {chart: ([chart],) for chart, has_band in banded.items() if has_band}
+    custom_scalars(rundir.writer(stage), shown)
 
 
 def draw_bands(folder, history, factors):

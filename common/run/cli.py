@@ -268,10 +268,10 @@ def fill(args, row):
             setattr(args, key, value)
 
 
-def add_arguments(parser, defaults):
+def add_arguments(parser, defaults=None):
     """Add the options of every run, as the group "run".
 
-    defaults: the script's table by data set; it is shown at the options that it holds.
+    defaults: the script's table by data set, if any; the help shows it at the options it holds.
     """
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -308,7 +308,7 @@ def add_arguments(parser, defaults):
         "--save-minutes", type=positive(float), metavar="M",
         help="also save every M minutes (default: by epochs only)",
     )  # fmt: skip
-    defaults_by_data(parser, defaults)
+    defaults_by_data(parser, defaults or {})
 
 
 def add_recipe_arguments(parser, defaults, clip=0.0):
@@ -342,8 +342,8 @@ def add_evaluation_arguments(parser, defaults, images="--corrupted-images", kind
     images: the option that says how many test images the slow columns of the table get."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--eval-every", type=positive(int), metavar="EPOCHS",
-        help=f"epochs between evaluations; {by_data(defaults, 'eval_every')}",
+        "--eval-every", type=positive(float), metavar="EPOCHS",
+        help=f"epochs between evaluations, or a part of one; {by_data(defaults, 'eval_every')}",
     )  # fmt: skip
     group.add_argument(
         images, type=nonnegative(int), default=500, metavar="N",

@@ -1,6 +1,13 @@
-"""Adaptive gradient clipping."""
+"""Gradient clipping: of the norm of all gradients, and adaptive."""
 
 import torch
+
+
+def clip_gradients(model, largest):
+    """The norm of all gradients, 0-d. Above `largest` they are scaled down to it; 0 is no limit."""
+    if largest:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def unit_norms(x):

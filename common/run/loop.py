@@ -14,20 +14,16 @@ The loop sets training mode and the seed before each step. After each step it sa
 leaves in order at a signal. Forward pass, loss and the order of events stay in the script.
 """
 
-import math
-import time
-
 import torch
 
 from common.run.average import Average
 from common.run.checkpoint import load_checkpoint
+from common.run.clipping import clip_gradients
 from common.run.device import compiled, rank, seed_key, spread, summed, wants_compiled, world
 from common.run.errors import Diverged
-from common.run.steps import Means, Watch
+from common.run.steps import Means, Saving, Watch
 
 SHOWN = {"loss": "loss {:.3f}", "accuracy": "train {:.1f} %", "images_per_s": "{:.0f} img/s"}
-NOTICED = 0.25  # seconds: a checkpoint that takes longer is not written after every epoch
-RARELY = 50  # times its own seconds that must lie between two such: 2 % of the time
 ASK_EVERY = 10  # steps between the checks whether any process got a signal
 
 
@@ -54,11 +50,9 @@ class Loop:
         self.per_epoch = batches.per_epoch
         self.total = steps or epochs * batches.per_epoch
         options = rundir.options
-        self.eval_every = options["eval_every"] * (1 if steps else batches.per_epoch)
+        self.eval_every = max(1, round(options["eval_every"] * (1 if steps else self.per_epoch)))
         self.log_every = options["log_every"]
-        self.save_steps = (options["save_every"] or 1) * batches.per_epoch
-        self.thins = options["save_every"] is None
-        self.save_seconds = 60 * (options["save_minutes"] or math.inf)
+        self._saving = Saving(options, self.per_epoch)
         state = rundir.restore(stage, model, optimizer, precision.scaler)
         self.average = Average(model, options.get("ema", 0.0), state)
         self.start = state.get("step", 0)
@@ -76,15 +70,13 @@ class Loop:
         self._loss = None
         self._norm = None
         self._lr = 0.0
-        self._saved = time.monotonic()
-        self._cost = 0.0
 
     def fast(self, model):
         """Another model for this loop, compiled as `net` is. None stays None."""
         return compiled(model, self.device) if self.compiles and model is not None else model
 
     def __iter__(self):
-        self.rundir.begin(self.stage, self.start, self.total, self.per_epoch)
+        self.rundir.begin(self.stage, self.start, self.total, self.batches)
         self._means.start()
         for step in range(self.start, self.total):
             self.done = step + 1
@@ -123,11 +115,7 @@ class Loop:
         """Update the weights at rate lr; clip: largest gradient norm, 0 for none."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        if clip:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        else:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+        norm = clip_gradients(self.model, clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.average.update(self.done, self.total)
@@ -167,15 +155,15 @@ class Loop:
 
     def _text(self):
         text = f"epoch {self.done / self.per_epoch:.1f}/{round(self.total / self.per_epoch, 1):g}"
-        parts = [SHOWN[k].format(v) for k, v in self.means.items() if k in SHOWN]
-        return "  ".join([text, *parts])
+        return "  ".join([text, *(SHOWN[k].format(v) for k, v in self.means.items() if k in SHOWN)])
 
     def _after(self):
         if self._fresh or self.ends_epoch or self.done == self.total:
             row = {"stage": self.stage, "epoch": self.done // self.per_epoch, "step": self.done}
             self.rundir.log(**row, **self.means, eval=self._fresh)
             shown = "".join(f"  {k} {v:.2f}" for k, v in self._fresh.items() if v is not None)
-            self.rundir.line(self.stage, self.done, self._text() + shown)
+            if shown or self.eval_every >= self.per_epoch:
+                self.rundir.line(self.stage, self.done, self._text() + shown)
             self._fresh = {}
         self._save()
 
@@ -189,19 +177,13 @@ class Loop:
 
     def _save(self):
         stop = self._told_to_stop()
-        began = time.monotonic()
-        due = self.done % self.save_steps == 0
-        if self.thins and self._cost > NOTICED:
-            due = due and began - self._saved > RARELY * self._cost
-        due = due or self.done == self.total or began - self._saved > self.save_seconds
-        if stop or due:
+        if stop or self.done == self.total or self._saving.due(self.done):
             self.check(together=False)
             state = {"step": self.done, "total": self.total, "metrics": self.metrics}
             state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}
             state |= {**self.average.state(), "optimizer": self.optimizer.state_dict()}
-            self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)
-            self._saved = time.monotonic()
-            self._cost = self._saved - began
+            with self._saving:
+                self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)
         if stop:
             self.rundir.leave(f"after step {self.done} of {self.total} of {self.stage}")
 

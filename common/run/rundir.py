@@ -26,6 +26,7 @@ import torch.distributed as dist
 from common.run.checkpoint import load_checkpoint, older, on_host, save_checkpoint, versions
 from common.run.device import rank, wait, world
 from common.run.errors import Diverged, UserError
+from common.run.pictures import show_batch
 from common.run.progress import Progress, Remaining
 
 SIGNALS = [s for s in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, s)]
@@ -196,11 +197,13 @@ class RunDir:
         """Say how long each network trains, 0 for one that does not, for the time that is left."""
         self.remaining.plan = epochs
 
-    def begin(self, stage, start, total, per_epoch):
-        """A training begins, or goes on from step `start`."""
+    def begin(self, stage, start, total, batches):
+        """A training begins, or goes on from step `start`. TensorBoard gets its first batch."""
         self.training = start < total
         self._steps[stage] = start
-        self.remaining.begin(stage, start, total, per_epoch)
+        self.remaining.begin(stage, start, total, batches.per_epoch)
+        if start == 0:
+            show_batch(self.writer(stage), batches(0)[0])
         if start and self.training:
             self.progress.line(f"going on: {stage} from step {start} of {total}")
 

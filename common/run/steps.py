@@ -1,5 +1,6 @@
-"""Numbers of a training's steps: their means, and a watch that stops a run at NaN."""
+"""What a loop knows of its steps: their means, whether all is finite, when a checkpoint is due."""
 
+import math
 import time
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from common.run.device import mean
 from common.run.errors import Diverged, check_finite
 
+NOTICED = 0.25  # seconds: a checkpoint that takes longer is not written after every epoch
+RARELY = 50  # times its own seconds that must lie between two such: 2 % of the time
 FP16_LEAST = 2.0**-10  # a loss scale below this means that fp16 has failed; it starts at 65536
 
 
@@ -43,6 +46,36 @@ class Means:
         self.count = 0
         self.start()
         return found
+
+
+class Saving:
+    """When a checkpoint is due, by the options save_every (epochs) and save_minutes.
+
+    Without save_every it is due after every epoch, but rarely where writing takes long.
+    `with saving:` stands around the writing and measures it.
+    """
+
+    def __init__(self, options, per_epoch):
+        self.steps = (options["save_every"] or 1) * per_epoch
+        self.thins = options["save_every"] is None
+        self.seconds = 60 * (options["save_minutes"] or math.inf)
+        self.cost = 0.0
+        self.last = time.monotonic()
+
+    def due(self, done):
+        """Whether a checkpoint is due after so many steps."""
+        passed = time.monotonic() - self.last
+        by_epochs = done % self.steps == 0
+        if self.thins and self.cost > NOTICED:
+            by_epochs = by_epochs and passed > RARELY * self.cost
+        return by_epochs or passed > self.seconds
+
+    def __enter__(self):
+        self.began = time.monotonic()
+
+    def __exit__(self, *error):
+        self.last = time.monotonic()
+        self.cost = self.last - self.began
 
 
 class Watch:
