@@ -267,10 +267,11 @@ def verdict(columns, chance):
             verb = "has not learnt" if clean[name] < chance else verb
             words.append(f"{name} {verb} ({clean[name]:.1f} % with it, {value:.1f} % swapped)")
         return "; ".join(words) + "."
-    corrupted = columns.get("corrupted", clean)
-    words = [f"{name} {clean[name]:.1f} / {corrupted[name]:.1f} %" for name in clean]
-    gain = corrupted["CT"] - corrupted.get("baseline", corrupted["CT"])
-    return f"clean / corrupted: {', '.join(words)}; CT against baseline {gain:+.1f}."
+    shown = {k: columns[k] for k in ("clean", "corrupted") if k in columns}
+    words = [f"{n} {' / '.join(f'{v[n]:.1f}' for v in shown.values())} %" for n in clean]
+    against = {k: v["CT"] - v["baseline"] for k, v in shown.items() if "baseline" in v}
+    words += [f"CT against baseline {gain:+.1f} {k}" for k, gain in against.items()]
+    return f"{' / '.join(shown)}: {', '.join(words)}."
 
 
 if __name__ == "__main__":

@@ -247,3 +247,13 @@ def test_the_sentence_is_made_of_the_numbers():
     assert "teacher has not learnt (11.0 % with it" in sentence
     assert "baseline reads the shortcut (99.0 % with it, 0.0 % swapped)" in sentence
     assert "CT looks at the picture (90.0 % with it, 70.0 % swapped)" in sentence
+
+
+def test_the_sentence_speaks_of_nothing_that_was_not_measured():
+    clean = {"teacher": 80.0, "baseline": 90.0, "CT": 91.0}
+    corrupted = {"teacher": 70.0, "baseline": 60.0, "CT": 65.5}
+    assert ct.verdict({"clean": {"CT": 91.0}}, 15.0) == "clean: CT 91.0 %."
+    assert ct.verdict({"clean": clean, "corrupted": corrupted}, 15.0) == (
+        "clean / corrupted: teacher 80.0 / 70.0 %, baseline 90.0 / 60.0 %, CT 91.0 / 65.5 %, "
+        "CT against baseline +1.0 clean, CT against baseline +5.5 corrupted."
+    )
