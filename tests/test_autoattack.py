@@ -661,3 +661,17 @@ def test_grey_levels_are_divided_by_a_tensor(monkeypatch):
     found = run.to_float(levels)
     assert [isinstance(v, torch.Tensor) and v.device == levels.device for v in seen] == [True]
     assert torch.equal(found.flatten(), torch.arange(256).float() / 255)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_lengths_are_those_of_fp64(norm):
+    """Bit for bit, of fp32 and fp64 rows, of zero, of NaN and of no rows."""
+    rows = torch.randn(6, 3, 5, 5)
+    rows[1], rows[2, 0, 0, 0], rows[3] = 0, torch.nan, 1e-42
+    for delta in (rows, rows.double(), rows[:0]):
+        order = torch.inf if norm == "linf" else 2
+        expected = torch.linalg.vector_norm(delta.double().flatten(1), order, dim=1)
+        found = attacks.rows.lengths(delta, norm)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=0 if norm == "linf" else 1e-15, atol=0,
+                                   equal_nan=True)  # fmt: skip
