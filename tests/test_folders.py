@@ -102,7 +102,8 @@ def test_every_kind_becomes_rgb(tmp_path, kind):
 
 
 def test_grey_of_many_bits_keeps_its_range(tmp_path):
-    """Integers: 65535 is white, or the largest where it is above; floats: 1 is, or the largest."""
+    """Integers: 65535 is white, or the largest where it is above; floats: 1, 255, 65535, or that.
+    So a dark picture stays dark: its own largest value is not taken for white."""
     wide = np.array([[0, 257, 32896, 65535]])
 
     def greys(values, name="a.tiff"):
@@ -115,7 +116,9 @@ def test_grey_of_many_bits_keeps_its_range(tmp_path):
         assert greys(wide.astype(dtype), name) == [0, 1, 128, 255]
     assert greys((wide * 1000).astype(np.int32)) == [0, 1, 128, 255]
     assert greys(np.float32([[-1, 0.5, 1, np.nan]])) == [0, 128, 255, 0]
-    assert greys(np.float32([[0, 100, 200, 50]])) == [0, 128, 255, 64]
+    assert greys(np.float32([[0, 100, 200, 50]])) == [0, 100, 200, 50]
+    assert greys(np.float32([[0, 257, 32896, 514]])) == [0, 1, 128, 2]
+    assert greys(np.float32([[0, 1e5, 2e5, 5e4]])) == [0, 128, 255, 64]
     (tmp_path / "a.ppm").write_bytes(b"P5 4 1 65535 " + wide.astype(">u2").tobytes())
     assert decode.decode(str(tmp_path / "a.ppm"))[0, 0].tolist() == [0, 1, 128, 255]
 

@@ -85,11 +85,13 @@ def _as_stored(image):
 
 
 def _eight_bits(grey):
-    """uint8 (H,W) of integers or floats (H,W): white is 65535 of integers and 1 of floats, or the
-    largest value where that is above. What is negative or not a number is black."""
-    white = 1 if grey.dtype.kind == "f" else 65535
+    """uint8 (H,W) of integers or floats (H,W). White is 65535 for integers, and for floats the
+    first of 1, 255 and 65535 that no value is above; where all are, the largest value. What is
+    negative or not a number is black."""
+    scales = (1, 255, 65535) if grey.dtype.kind == "f" else (65535,)
     grey = np.nan_to_num(grey.astype(np.float64), nan=0, posinf=0, neginf=0)
-    white = max(white, grey.max(initial=0))
+    most = grey.max(initial=0)
+    white = next((scale for scale in scales if most <= scale), most)
     return (grey.clip(0) / white * 255).round().astype(np.uint8)
 
 
