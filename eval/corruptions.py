@@ -188,6 +188,13 @@ def check_adapt(args, total):
             raise run.UserError(f"--adapt {count}: there are only {total} images")
 
 
+def note_fewer(args, title, total):
+    """A note where a set beside the corruptions has fewer images than --adapt asks for."""
+    for count in args.adapt:
+        if count != "all" and count > total:
+            trees.note(f"{title}: {total} images for --adapt {count}, all are taken")
+
+
 def available(chosen, missing, place):
     """The corruptions of `chosen` to evaluate, given those that `place` does not hold.
 
@@ -576,8 +583,7 @@ def evaluate_imagenet(args, networks, device, precision):
     args.corruptions = images.corruptions
     columns = columns_of(networks, args)
     if args.adapt:
-        first = images.val or images.corrupted(args.corruptions[0], args.severities[0])
-        check_adapt(args, len(first.y))
+        check_adapt(args, len(images.corrupted(args.corruptions[0], args.severities[0]).y))
     facts = {
         "dataset": "imagenet", "split": "val", "limit": args.limit, "source": images.source,
         "severities": args.severities, "corruptions": args.corruptions,
@@ -606,6 +612,7 @@ def fill_imagenet(args, images, columns, precision):
         def parts(rows):
             return (x for x, _ in found.subset(rows).batches(args.batch_size))
 
+        note_fewer(args, title, len(found.y))
         share = found.subset(run.rows(len(found.y))), len(found.y)
         values = score(columns, share, kind, parts, args, precision)
         bad = len(found.unreadable)

@@ -56,17 +56,21 @@ def released(root, kinds=None, side=224):
                     put(folder, k % 4, right=k >= i + severity, side=side)
 
 
-def evaluate(root, monkeypatch, *options):
-    """main() on the network above, in the place of a checkpoint."""
+def evaluate_all(model, root, monkeypatch, *options):
+    """The entries of main() on a network, in the place of a checkpoint."""
     facts = {"dataset": "imagenet", "method": "test", "checkpoint": "colour"}
     monkeypatch.setattr(
-        ev.models, "for_evaluation", lambda *_: ([("colour", Colour(), facts)], "imagenet")
+        ev.models, "for_evaluation", lambda *_: ([("colour", model, facts)], "imagenet")
     )
     out = root / "out.json"
     command = ["colour", "--data-dir", str(root), "--json", str(out), "--workers", "0"]
     found = ev.main(ev.parse_args([*command, "--device", "cpu", "--overwrite", *options]))
     assert json.loads(out.read_text())["checkpoints"] == found["checkpoints"]
-    return found["checkpoints"][0]
+    return found["checkpoints"]
+
+
+def evaluate(root, monkeypatch, *options):
+    return evaluate_all(Colour(), root, monkeypatch, *options)[0]
 
 
 def test_mce_is_alexnets(root, monkeypatch, capsys):
@@ -131,6 +135,72 @@ def test_unreadable_files_are_counted(root, monkeypatch):
     found = evaluate(root, monkeypatch, "--corruptions", "fog", "--severities", "1")
     assert found["error"]["fog"] == pytest.approx([100 * wrong / 19])
     assert json.loads(out.read_text())["unreadable"] == 1
+
+
+class Brighter(torch.nn.Module):
+    """Class USED[0] for pictures darker than BatchNorm's running mean, else USED[1]."""
+
+    spec = Colour.spec
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3, affine=False)
+        self.norm.running_mean.fill_(0.45)
+
+    def forward(self, x):
+        above = self.norm(x).mean((1, 2, 3)) > 0
+        index = torch.tensor(USED[:2])[above.long()]
+        return torch.nn.functional.one_hot(index, 1000).float()
+
+
+@pytest.fixture
+def two_greys(root):
+    """Ten pictures of fog at each of two severities: grey levels 50 and 100, 0.20 and 0.39."""
+    for severity in "12":
+        for k in (0, 1) * 5:
+            put(root / "imagenet-c" / "fog" / severity, k)
+    return root
+
+
+FOG = ("--corruptions", "fog", "--severities", "1,2")
+
+
+@pytest.mark.parametrize(("source", "error"), [("0", 0), ("10", 0), ("40", 50)])
+def test_adapted_on_released_files(two_greys, monkeypatch, source, error):
+    """The mean of all ten is 0.29. With 0.45 as 10 images it becomes 0.37, between the two greys;
+    as 40 images 0.42, above both. The training's own takes all for dark: half are wrong."""
+    options = (*FOG, "--adapt", "all", "--adapt-source", source)
+    plain, adapted = evaluate_all(Brighter(), two_greys, monkeypatch, *options)
+    assert plain["error"]["fog"] == pytest.approx([50, 50]) and "adapt" not in plain
+    assert adapted["error"]["fog"] == pytest.approx([error, error])
+    assert adapted["adapt"] == "all" and adapted["adapt_source"] == int(source)
+
+
+def test_adapted_images_are_drawn_for_each_severity(two_greys, monkeypatch):
+    """Five of ten, from the seed; both greys are among them, so their mean tells them apart."""
+    options = (*FOG, "--adapt", "5", "--adapt-source", "0", "--batch-size", "2")
+    _, adapted = evaluate_all(Brighter(), two_greys, monkeypatch, *options)
+    folder = two_greys / "imagenet-c" / "fog"
+    for severity, error in zip((1, 2), adapted["error"]["fog"], strict=True):
+        level = torch.tensor([50.0] * 5 + [100.0] * 5)  # the folders in the order of the classes
+        assert len(list((folder / str(severity)).rglob("*.JPEG"))) == 10
+        rng = run.generator(0, "adapt", "fog", severity)
+        mean = level[torch.randperm(10, generator=rng)[:5]].mean()
+        assert 50 < mean < 100 and error == pytest.approx(0)
+
+
+def test_adapt_refuses_and_notes(two_greys, monkeypatch, capsys):
+    """More images than a corruption has are refused; a smaller clean set is adapted on whole."""
+    with pytest.raises(UserError, match="--adapt 11: there are only 10 images"):
+        evaluate_all(Brighter(), two_greys, monkeypatch, *FOG, "--adapt", "11")
+    found = evaluate_all(Brighter(), two_greys, monkeypatch, *FOG, "--adapt", "10")
+    assert len(found) == 2
+    assert "imagenet val: 4 images for --adapt 10, all are taken" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--adapt 4: there are only 3 images"):
+        options = ("--adapt", "4", "--limit", "3")
+        evaluate_all(Brighter(), two_greys, monkeypatch, *FOG, *options)
+    (only,) = evaluate_all(Colour(), two_greys, monkeypatch, *FOG, "--adapt", "4")
+    assert "nothing to adapt" in capsys.readouterr().out and "adapt" not in only
 
 
 def test_subsets_restrict_the_logits(root, monkeypatch):
