@@ -66,6 +66,7 @@ def test_event_files_of_each_script(written):
         start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
         row = plugin_data_pb2.HParamsPluginData.FromString(start).session_start_info.hparams
         assert row["network"].string_value == name and row["seed"].number_value == 1
+        assert "weight_decay" not in row  # nothing that has its default
 
 
 @pytest.mark.parametrize("script", [ct, nofrost, fixup_penalty, bn_ablation])

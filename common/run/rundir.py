@@ -167,7 +167,6 @@ class RunDir:
         rows = "\n".join(f"| {k} | {v} |" for k, v in sorted(self.options.items()))
         writer.add_text("arguments", f"| option | value |\n|---|---|\n{rows}")
         first = {"network": stage, **self.differs}
-        first |= {k: self.options[k] for k in ("dataset", "arch", "seed") if k in self.options}
         simple = {k: v for k, v in first.items() if isinstance(v, (bool, int, float, str))}
         for summary in hparams(simple, {f"final/{name}": math.nan for name in self.results}):
             writer.file_writer.add_summary(summary)
