@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -90,42 +91,91 @@ def add_arguments(parser):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load(
-    name, data_dir="data", val_size=0, limit=0, seed=0, device="cpu", image_size=None,
-    test_domain=None, workers=None, strict=False, shortcut_levels=None,
-):  # fmt: skip
-    """Read a data set. Raises UserError where files are missing, truncated or of another shape.
+class Choice(NamedTuple):
+    """Which images of a data set are taken, and how they are read.
 
-    val_size, limit: images of the stratified validation split and training subset (0: none, all);
+    val_size, limit: images of the stratified validation split and training subset (0: none, all).
     `seed` chooses them. The validation split does not depend on `limit`.
+    image_size: pixels of a side, of a tree or of shapes; None is the size of the table.
     test_domain: leave this domain out. Test is all of it, train and val are 80 and 20 % of each of
     the others. Without it a domain set is trained on 80 % and tested on 20 % of every domain.
     camelyon17 then has its official splits, val hospital 1 and test hospital 2.
+    workers, strict: see `Files`.
     shortcut_levels: see shortcut.py. None is 3 for shapes-shortcut and 0 for the others.
-    image_size: of a tree, or of shapes. workers, strict: see `Files`.
     """
+
+    val_size: int = 0
+    limit: int = 0
+    seed: int = 0
+    image_size: int | None = None
+    test_domain: str | None = None
+    workers: int | None = None
+    strict: bool = False
+    shortcut_levels: int | None = None
+
+
+def load(name, data_dir="data", device="cpu", **choice):
+    """Read a data set. Raises UserError where files are missing, truncated or of another shape.
+
+    choice: the fields of `Choice`, by name.
+    """
+    choice = Choice(**choice)
     title = name
-    if shortcut_levels is None:
-        shortcut_levels = shapes.SHORTCUT if name == "shapes-shortcut" else 0
+    levels = choice.shortcut_levels
+    if levels is None:
+        levels = shapes.SHORTCUT if name == "shapes-shortcut" else 0
     name = name.removesuffix("-shortcut")
+    check_choice(name, choice, levels)
+    train, val, test, classes = read(name, Path(data_dir), device, choice)
+    stats = SETS[name].stats or channel_stats(train.x)
+    if choice.val_size:
+        if choice.val_size >= len(train.y):
+            raise UserError(
+                f"--val-size {choice.val_size}: there are only {len(train.y)} training images"
+            )
+        rest, held_out = stratified_split(train.y, choice.val_size, choice.seed, "--val-size")
+        train, val = train.subset(rest), train.subset(held_out[shuffled(len(held_out))])
+    if choice.limit:
+        rows = stratified_split(train.y, choice.limit, choice.seed, "--limit")[1]
+        train = train.subset(rows)
+    tests = {}
+    if levels:
+        grating = shortcut.patterns(len(classes), train.x.shape[-1], levels)
+        tests = {"without": test, "swapped": shortcut.add(test, grating, swap=True)}
+        train, val, test = (p and shortcut.add(p, grating) for p in (train, val, test))
+    parts = [p and p.to(device) for p in (train, val, test)]
+    tests = {k: p.to(device) for k, p in tests.items()}
+    return DataSet(title, *parts, classes, *stats, tests)
+
+
+def check_choice(name, choice, levels):
+    """Raise UserError for a data set that is not there, or a choice that it does not have."""
     if name not in SETS:
         raise UserError(f"--dataset {name}: unknown; there are {', '.join(NAMES)}")
     row = SETS[name]
-    if shortcut_levels and (row.files or name == "tiny-imagenet"):
-        raise UserError(f"--shortcut: for small data sets held as tensors, not for {name}")
-    options = {"device": device, "workers": workers, "strict": strict}
-    if image_size and not row.sized:
-        raise UserError(f"--image-size {image_size}: {name} has {row.size} pixels")
-    size = image_size or row.size
-    if test_domain and name not in DOMAINS:
-        raise UserError(f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have")
-    if test_domain == "all":
-        raise UserError("--test-domain all: ct.py trains one network for each; here name one")
-    if test_domain and val_size:
-        raise UserError("--val-size: with --test-domain it is 20 % of every training domain")
-    data_dir, val = Path(data_dir), None
-    if name in DOMAINS and (test_domain or name != "shapes"):
-        train, val, test, classes = read_domains(name, data_dir, seed, test_domain, size, options)
+    size, domain = choice.image_size, choice.test_domain
+    wrong = {
+        f"--shortcut: for small data sets held as tensors, not for {name}":
+            levels > 0 and (row.files or name == "tiny-imagenet"),
+        f"--image-size {size}: {name} has {row.size} pixels": bool(size) and not row.sized,
+        f"--test-domain: {name} has no domains; {', '.join(DOMAINS)} have":
+            bool(domain) and name not in DOMAINS,
+        "--test-domain all: ct.py trains one network for each; here name one": domain == "all",
+        "--val-size: with --test-domain it is 20 % of every training domain":
+            bool(domain) and choice.val_size > 0,
+    }  # fmt: skip
+    run.refuse(wrong)
+
+
+def read(name, data_dir, device, choice):
+    """(train, val or None, test, classes) of a data set as its files have it, see `load`."""
+    row = SETS[name]
+    size = choice.image_size or row.size
+    options = {"device": device, "workers": choice.workers, "strict": choice.strict}
+    val = None
+    if name in DOMAINS and (choice.test_domain or name != "shapes"):
+        settings = choice.seed, choice.test_domain, size, options
+        train, val, test, classes = read_domains(name, data_dir, *settings)
     elif name == "shapes":
         train = Images(*shapes.make(SHAPES_SIZES["train"], seed=0, split="train", size=size))
         test = Images(*shapes.make(SHAPES_SIZES["test"], seed=0, split="test", size=size))
@@ -139,28 +189,13 @@ def load(
         train, test, classes = trees.read_tiny_imagenet(data_dir, size, options)
     else:
         train, test, classes = trees.read_tree(name, data_dir, size, options)
-    stats = row.stats or channel_stats(train.x)
     whole = row.counts
     if "test" in whole and {"train": len(train), "test": len(test)} != whole:
         trees.note(
             f"{name}: {len(train)} and {len(test)} images; the whole set has {whole['train']} and "
             f"{whole['test']}"
         )
-    if val_size:
-        if val_size >= len(train.y):
-            raise UserError(f"--val-size {val_size}: there are only {len(train.y)} training images")
-        rest, held_out = stratified_split(train.y, val_size, seed, "--val-size")
-        train, val = train.subset(rest), train.subset(held_out[shuffled(len(held_out))])
-    if limit:
-        train = train.subset(stratified_split(train.y, limit, seed, "--limit")[1])
-    tests = {}
-    if shortcut_levels:
-        grating = shortcut.patterns(len(classes), train.x.shape[-1], shortcut_levels)
-        tests = {"without": test, "swapped": shortcut.add(test, grating, swap=True)}
-        train, val, test = (p and shortcut.add(p, grating) for p in (train, val, test))
-    parts = [p and p.to(device) for p in (train, val, test)]
-    tests = {k: p.to(device) for k, p in tests.items()}
-    return DataSet(title, *parts, classes, *stats, tests)
+    return train, val, test, classes
 
 
 def from_args(args, device, **change):
