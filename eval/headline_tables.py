@@ -180,7 +180,7 @@ def augmix_scale(dataset):
     )  # fmt: skip
 
 
-SMALL_ARCHS = ("resnet20", "vgg11-16", "vgg16-16", "wrn10-2")
+SMALL_ARCHS = ("resnet20", "vgg11-16", "allconv-16", "wrn10-2")
 ARCHITECTURES = Scale(
     "20 epochs; clean: 10,000 test images; corruptions: 2,000",
     "cifar10", 1, 240, CORE,

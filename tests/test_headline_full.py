@@ -23,7 +23,6 @@ SMALL = {  # what the commands of a script get besides
     "fixup_penalty.py": "--epochs 1 --seeds 1 --val-size 10 --corrupted-images 2",
     "bn_ablation.py": "--steps 2 --measure-every 1 --eval-every 2",
 }
-PHOTOGRAPHS = "--image-size 32"  # of the trees
 IMAGES = {  # {data set: its files, made up}
     "vlcs": [f"VLCS/{d}/{c}/{k}.jpg" for d in data.SETS["vlcs"].domains
              for c in data.SETS["vlcs"].classes for k in range(2)],
@@ -31,8 +30,8 @@ IMAGES = {  # {data set: its files, made up}
              for c in data.SETS["pacs"].classes for k in range(2)],
     "in9": [f"bg_challenge/original/{part}/{c}/{k}.JPEG" for part in ("train", "val")
             for c in trees.IN9 for k in range(2)],
-    "imagenet": [f"imagenet/{part}/n{k:08d}/a.JPEG" for part in ("train", "val")
-                 for k in range(1000)],
+    "imagenet": [f"imagenet/train/n{k:08d}/a.JPEG" for k in range(1000)]
+                + [f"imagenet/val/n{k:08d}/a.JPEG" for k in range(10)],
 }  # fmt: skip
 
 
@@ -92,12 +91,12 @@ def weights(tmp_path_factory):
 
 def shortened(job, dataset, weights):
     """The arguments of a training, with its images and its length made small."""
-    words = job.words[1:]
+    words = [*job.words[1:], *SMALL[job.words[0]].split(), *EVERY.split()]
     if "--pretrained" in words:
         words.insert(words.index("--pretrained") + 1, weights)
-    words += [*SMALL[job.words[0]].split(), *EVERY.split()]
-    if data.SETS[dataset].files:
-        words += PHOTOGRAPHS.split()
+        words += ["--image-size", "96"]  # smaller images have another first layer
+    elif data.SETS[dataset].files:
+        words += ["--image-size", "32"]
     if dataset == "imagenet":
         words += ["--limit", "16"]
     return words

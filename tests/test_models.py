@@ -20,7 +20,7 @@ PUBLISHED = {
     "wrn40-2": 2_243_546, "allconv": 1_409_674, "densenet40": 1_059_298, "resnext29": 6_807_882,
 }  # fmt: skip
 IMAGENET = {"resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032}
-SMALL = ["resnet8", "resnet18", "wrn10-1", "allconv", "densenet40", "resnext29"]
+SMALL = ["resnet8", "resnet18", "wrn10-1", "allconv", "allconv-8", "densenet40", "resnext29"]
 
 
 def count(model):

@@ -152,12 +152,13 @@ class AllConv(Net):
 
     gain = 1.54  # of SigmoidGELU
 
-    def __init__(self, layers, num_classes, mean, std):
+    def __init__(self, layers, num_classes, mean, std, width=96):
         super().__init__()
         self.normalize = Normalize(mean, std)
-        plan = [(3, 96, 3, 1), (96, 96, 3, 1), (96, 96, 3, 1), None]
-        plan += [(96, 192, 3, 1), (192, 192, 3, 1), (192, 192, 3, 1), None]
-        plan += [(192, 192, 3, 0), (192, 192, 1, 0), (192, 192, 1, 0)]
+        wide = 2 * width
+        plan = [(3, width, 3, 1), (width, width, 3, 1), (width, width, 3, 1), None]
+        plan += [(width, wide, 3, 1), (wide, wide, 3, 1), (wide, wide, 3, 1), None]
+        plan += [(wide, wide, 3, 0), (wide, wide, 1, 0), (wide, wide, 1, 0)]
         body = []
         for step in plan:
             if step is None:
@@ -167,7 +168,7 @@ class AllConv(Net):
             body += [layers.conv(c_in, c_out, kernel, padding=padding, bias=True)]
             body += [layers.norm(c_out), SigmoidGELU()]
         self.body = nn.Sequential(*body)
-        self.fc = nn.Linear(192, num_classes)
+        self.fc = nn.Linear(wide, num_classes)
 
     def maps(self, x):
         return maps_between(self.body, nn.MaxPool2d, self.normalize(x))

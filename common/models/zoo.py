@@ -98,6 +98,15 @@ def make_vgg(depth, width=64, hidden=0):
     return make
 
 
+def make_allconv(width):
+    """Constructor of AllConv whose first stage has `width` channels."""
+
+    def make(layers, num_classes, mean, std, image_size):
+        return AllConv(layers, num_classes, mean, std, width)
+
+    return make
+
+
 ARCHS = {name: make_cifar_resnet(depth) for name, depth in CIFAR_RESNETS.items()}
 
 ARCHS |= {name: make_imagenet_resnet(*plan) for name, plan in IMAGENET_RESNETS.items()}
@@ -107,7 +116,7 @@ NF_RESNETS = {"nf_resnet26": (2, 2, 2, 2), "nf_resnet50": (3, 4, 6, 3)}
 ARCHS |= {name: make_norm_free(name) for name in NF_RESNETS}
 
 ARCHS |= {
-    "allconv": lambda layers, k, mean, std, size: AllConv(layers, k, mean, std),
+    "allconv": make_allconv(96),
     "densenet40": lambda layers, k, mean, std, size: DenseNet(layers, k, mean, std, 40, 12),
     "resnext29": lambda layers, k, mean, std, size: ResNeXt(layers, k, mean, std, 29, 4, 32),
     **{f"vgg{depth}": make_vgg(depth) for depth in VGG_CONVS},
@@ -127,15 +136,17 @@ def wide_size(arch):
 
 
 def constructor(arch):
-    """The constructor for a name: a key of ARCHS, `wrnD-K`, `wrn28` (WRN-28-10), `vggD-W`, a VGG
-    whose first stage has W channels instead of 64, or one of chenyaofo's: `resnet20-b`, whose
-    shortcuts convolve, and `vgg16-b`, which ends in three linear layers."""
+    """The constructor for a name: a key of ARCHS, `wrnD-K`, `wrn28` (WRN-28-10), `vggD-W` and
+    `allconv-W`, whose first stage has W channels instead of 64 or 96, or one of chenyaofo's:
+    `resnet20-b`, whose shortcuts convolve, and `vgg16-b`, which ends in three linear layers."""
     wide = wide_size(arch)
     if wide:
         return make_wide(*wide)
     narrow = re.fullmatch(r"vgg(11|13|16|19)-([1-9]\d*)", arch)
     if narrow:
         return make_vgg(narrow[1], int(narrow[2]))
+    if re.fullmatch(r"allconv-[1-9]\d*", arch):
+        return make_allconv(int(arch.removeprefix("allconv-")))
     deep = re.fullmatch(r"vgg(11|13|16|19)-b", arch)
     if deep:
         return make_vgg(deep[1], hidden=512)
@@ -144,8 +155,8 @@ def constructor(arch):
         return make_cifar_resnet(CIFAR_RESNETS[convolved[1]], "B")
     if arch not in ARCHS:
         raise UserError(
-            f"--arch {arch}: unknown; there are {', '.join(ARCHS)}, wrn28, wrnD-K and vggD-W, or "
-            "your own as FILE.py:NAME"
+            f"--arch {arch}: unknown; there are {', '.join(ARCHS)}, wrn28, wrnD-K, vggD-W and "
+            "allconv-W, or your own as FILE.py:NAME"
         )
     return ARCHS[arch]
 
