@@ -108,6 +108,19 @@ def measures(text):
 # --- the measures: of a network in eval mode, images fp32 (N,3,S,S), labels (N,) ------------------
 
 
+def check_gradient(label, model, x, measures):
+    """Raise UserError where a measure needs a gradient and the output of one image has none."""
+    if measures == ["logits"]:
+        return
+    with run.eval_mode(model), torch.enable_grad():
+        logits = model(x[:1].detach().requires_grad_())
+    if not logits.requires_grad:
+        raise run.UserError(
+            f"{label}: the model detaches its output from its input, so it has no gradient: only "
+            "--measures logits"
+        )
+
+
 def input_gradient(net, x, y):
     """dL/dx of each image, (N,3,S,S)."""
     x = x.detach().requires_grad_()
@@ -466,6 +479,7 @@ def evaluate(args, networks, images, settings, place):
     general = [flag for flag in [attacks.check_eps(args.eps)] if flag]
     results, entries, notes = {}, [], [f"warning: {flag}" for flag in general]
     for label, model, facts in networks:
+        check_gradient(label, model, x, args.measures)
         logits = attacks.logits_in_fp32(model, x, args.batch_size)
         broken = int((~logits.isfinite().all(1)).sum())
         warnings = list(general)

@@ -57,6 +57,32 @@ def fails():
 def number():
     return 3
 
+def leaves():
+    raise SystemExit(3)
+
+def keyword(*, depth):
+    return Net()
+
+class Flat(Net):
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+class Summed(Net):
+    def forward(self, x):
+        return super().forward(x).sum(0, keepdim=True)
+
+class Nothing(Net):
+    def forward(self, x):
+        return None
+
+class NoKey(Net):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+class Detached(Net):
+    def forward(self, x):
+        return super().forward(x).detach()
+
 def for_224():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 10))
 
@@ -146,6 +172,12 @@ def test_outputs_of_three_kinds(folder, name):
         ("my.py:constant", r"is a int; name a function or a class"),
         ("my.py:number", "gives a int; it has to give a torch.nn.Module"),
         ("my.py:fails", r"my\.py, line 41: fails: TypeError: unsupported operand"),
+        ("my.py:leaves", r"my\.py, line 47: leaves: SystemExit: 3"),
+        ("my.py:keyword", r"my\.py:keyword needs arguments \(depth\): give them defaults"),
+        ("my.py:Flat", r"my\.py:Flat: the model returned \(2,\) where logits"),
+        ("my.py:Summed", r"of 2 images it gives \(1, 10\), where logits \(2, 10\) are needed"),
+        ("my.py:Nothing", r"my\.py:Nothing: the model returned NoneType where logits"),
+        ("my.py:NoKey", r"my\.py:NoKey: .* or a dict with the key"),
         ("my.py:Map", r"my\.py:Map: the model returned \(2, 6, 15, 15\) where logits"),
         ("my.py:for_224", r"on images \(2, 3, 32, 32\): RuntimeError"),
         ("no.py:make", r"no\.py: no such file"),
@@ -184,6 +216,42 @@ def test_every_evaluation_takes_it(folder):
         script = load_script(f"eval/{name}")
         script.main(script.parse_args([*network, *options, "--device", "cpu"]))
         assert json.loads((folder / f"my-Dict.{name}.json").read_text())["dataset"] == "cifar10"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adversarial", ["--attacks", "fgsm"]), ("smoothness", ["--measures", "hessian"])],
+)
+def test_an_output_without_a_gradient(folder, name, options):
+    """One line before any work; the logits alone can be looked at."""
+    script = load_script(f"eval/{name}")
+    network = [f"{folder}/my.py:Detached", "--dataset", "cifar10", "--data-dir", str(folder)]
+    with pytest.raises(UserError, match="detaches its output from its input"):
+        script.main(script.parse_args([*network, *options, "--limit", "10", "--device", "cpu"]))
+    if name == "smoothness":
+        more = ["--measures", "logits", "--limit", "10", "--device", "cpu"]
+        assert script.main(script.parse_args([*network, *more]))["images"] == 10
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+def test_another_number_of_classes(folder, classes):
+    source = f"from my import Net\ndef make():\n    return Net({classes})\n"
+    (folder / "other.py").write_text(source)
+    network = [f"{folder}/other.py:make", "--dataset", "cifar10", "--data-dir", str(folder)]
+    for name in ("corruptions", "adversarial", "smoothness"):
+        script = load_script(f"eval/{name}")
+        with pytest.raises(UserError, match=rf"cifar10 has 10 classes, .*other.* {classes}"):
+            script.main(script.parse_args([*network, "--device", "cpu"]))
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.1", "0,0", "nan", "0,inf", "x", "", "0,,1"])
+def test_gamma_outside_the_unit_interval(text):
+    for name in ("corruptions", "adversarial"):
+        script = load_script(f"eval/{name}")
+        with pytest.raises((UserError, SystemExit)) as caught:
+            script.parse_args(["a.pt", "--gamma", text])
+        code = caught.value.code if isinstance(caught.value, SystemExit) else 2
+        assert code == 2
 
 
 def test_training_and_its_checkpoint(folder, monkeypatch, capsys):

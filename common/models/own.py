@@ -53,8 +53,8 @@ class guarded:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return
+        if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
+            return  # as for no error, and for Ctrl-C
         lines = [
             frame.lineno for frame in traceback.extract_tb(trace)
             if Path(frame.filename).name == Path(self.path).name
