@@ -4,6 +4,7 @@
     python eval/speed.py corruptions --device cuda --sizes 32,224 --json speed.json
     python eval/speed.py attacks --threads 2        # PGD per batch, beside other libraries'
     python eval/speed.py train --arch wrn16-1       # steps of the trainers, beside a plain loop
+    python eval/speed.py scaling --svg scaling.svg  # a step over width, depth, batch, processes
     python eval/speed.py gpu                        # the first ten minutes on a GPU, as a page
     python eval/speed.py data --tree data/imagenet/train --arch resnet50 --device cuda
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import attacks, corruptions, data, models, run
 from common.data import files, folders, shapes
-from eval import speed_gpu, speed_train
+from eval import speed_gpu, speed_scaling, speed_train
 
 # Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
 # an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
@@ -117,6 +118,11 @@ def parse_args(argv=None):
         help="of the forward pass",
     )
     add_train(commands)
+    part = commands.add_parser(
+        "scaling", help="images per second of a step over width, depth, batch, threads, processes",
+    )  # fmt: skip
+    part.set_defaults(function=speed_scaling.time_scaling)
+    speed_scaling.add_arguments(part)
     add_gpu(commands)
     for command in commands.choices.values():
         usual = "auto" if command is commands.choices["gpu"] else "cpu"

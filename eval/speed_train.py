@@ -9,6 +9,7 @@ import io
 import os
 import re
 import runpy
+import shutil
 import sys
 import tempfile
 import time
@@ -44,9 +45,13 @@ TRAINERS = {
 
 
 def synchronised(device):
-    """The time in seconds, after all that the device was given. A sync point."""
+    """The time in seconds, after all that the device was given. A sync point.
+
+    On one thread of a CPU it is the time that this process had: what others take does not count."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -166,6 +171,28 @@ def time_plain(args, device, norm, compiled=False):
     return clock.seconds()
 
 
+def compiles(device):
+    """Whether torch.compile has a compiler for the device; says so where it has none."""
+    if device.type == "cuda" and run.can_compile(device):
+        return True
+    names = os.environ.get("CXX", "g++"), "clang++", "c++"
+    if device.type == "cpu" and any(shutil.which(name) for name in names):
+        return True
+    print("no rows with --compile: there is no compiler")
+    return False
+
+
+def in_turn(name, args, device, teacher, compiled=False):
+    """(seconds of the trainer's step, of the plain loop's): the fastest of --repeat rounds, in
+    which both run one after the other and meet the same disturbances."""
+    norm = TRAINERS[name][1]
+    own, plain = [], []
+    for _ in range(1 if compiled else args.repeat):  # to compile takes minutes
+        plain.append(time_plain(args, device, norm, compiled))
+        own.append(time_trainer(name, args, device, teacher, compiled))
+    return min(own), min(plain)
+
+
 # --- the floor ------------------------------------------------------------------------------------
 
 
@@ -259,20 +286,21 @@ def time_train(args, device):
         for threads in counts:
             torch.set_num_threads(threads)
             measured = rates(args, device)
-            for compiled in (False, True)[: 1 + args.compiled]:
-                floors, plain = {}, {}
+            floors, eager = {}, {}
+            for compiled in (False, True)[: 1 + (args.compiled and compiles(device))]:
                 for name in args.trainers:
                     _, norm, _, work = TRAINERS[name]
                     if compiled and name == "bn_ablation":
                         continue  # its probes look into the network
-                    if norm not in plain:
-                        torch.compiler.reset()
+                    torch.compiler.reset()
+                    if norm not in floors:
                         floors[norm] = floor(args, device, norm, measured)
-                        plain[norm] = time_plain(args, device, norm, compiled)
-                    seconds = time_trainer(name, args, device, teacher, compiled)
+                    seconds, plain = in_turn(name, args, device, teacher, compiled)
+                    eager.setdefault(name, plain)  # that of the pass that is not compiled
                     row = {"trainer": name, "norm": norm, "threads": threads, "compiled": compiled}
                     row["images_per_s"] = args.batch_size / seconds
-                    row["plain"] = args.batch_size / plain[norm] / work
+                    row["plain"] = args.batch_size / plain / work
+                    row["eager"] = args.batch_size / eager[name] / work
                     row["floor"] = args.batch_size / floors[norm]["seconds"] / work
                     row |= {"gflop": floors[norm]["gflop"], "gbyte": floors[norm]["gbyte"]}
                     if device.type == "cuda" and not compiled:
@@ -282,8 +310,9 @@ def time_train(args, device):
     print(table(output["rows"]))
     print(f"images per second, fastest of {args.groups} groups of {args.group} steps; plain: a")
     print("loop of forward, backward and update, divided by the work of the trainer's step (with")
-    print("teacher 4/3, with PGD-1 and its images 8/3); floor: its products at the measured rate")
-    print("of a product, and the bytes of its other operators at that of a copy")
+    print("teacher 4/3, with PGD-1 and its images 8/3); of eager: over the plain loop that is not")
+    print("compiled; floor: its products at the measured rate of a product, and the bytes of its")
+    print("other operators at that of a copy; one thread: by the CPU time of the process")
     if hasattr(os, "getloadavg"):
         output["load"] = os.getloadavg()[1]
         output["cores"] = os.cpu_count()
@@ -299,11 +328,13 @@ def table(rows):
             [
                 row["trainer"], row["norm"], row["threads"], "yes" if row["compiled"] else "no",
                 f"{row['images_per_s']:.0f}", f"{row['plain']:.0f}",
-                f"{row['images_per_s'] / row['plain']:.2f}", f"{row['floor']:.0f}",
+                f"{row['images_per_s'] / row['plain']:.2f}",
+                f"{row['images_per_s'] / row['eager']:.2f}", f"{row['floor']:.0f}",
                 *(str(row[key]) for key in ("kernels", "waits") if key in row),
             ]
         )  # fmt: skip
-    columns = ["trainer", "norm", "threads", "compiled", "img/s", "plain", "of plain", "floor"]
+    columns = ["trainer", "norm", "threads", "compiled", "img/s", "plain", "of plain"]
+    columns += ["of eager", "floor"]
     if any("kernels" in row for row in rows):
         columns += ["kernels", "waits"]
         lines = [line + ["-"] * (len(columns) - len(line)) for line in lines]

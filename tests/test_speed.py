@@ -23,16 +23,60 @@ def test_the_fastest_group_counts(monkeypatch):
     assert clock.marks == [0.0, 3.0, 5.0, 9.0] and clock.seconds() == 1.0
 
 
-def test_train_times_every_trainer(tmp_path):
+def test_train_times_every_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_train, "time_plain", lambda *_: 0.5)
     file = tmp_path / "speed.json"
-    words = ["train", *TINY, "--threads-list", "1", "--no-compiled", "--json", str(file)]
+    words = ["train", *TINY, "--threads-list", "1", "--no-compiled", "--repeat", "1"]
+    words += ["--json", str(file)]
     speed.main(speed.parse_args(words))
     rows = json.loads(file.read_text())["train"]["rows"]
     assert [row["trainer"] for row in rows] == list(speed_train.TRAINERS)
     assert all(row[key] > 0 for row in rows for key in ("images_per_s", "plain", "floor"))
     by_name = {row["trainer"]: row for row in rows}
-    # The same plain loop stands beside both, divided by the teacher's part of the work.
-    assert by_name["ct-baseline"]["plain"] / by_name["ct"]["plain"] == pytest.approx(4 / 3)
+    # The plain loop stands beside both, divided by the teacher's part of the work.
+    assert by_name["ct-baseline"]["plain"] == 16
+    assert by_name["ct"]["plain"] == pytest.approx(16 * 3 / 4) == by_name["ct"]["eager"]
+
+
+def test_trainer_and_plain_loop_run_in_turn(monkeypatch):
+    """Of each the fastest round counts; what is compiled has one."""
+    calls = []
+    monkeypatch.setattr(
+        speed_train, "time_plain", lambda *_, **__: calls.append("plain") or 1 / len(calls)
+    )
+    monkeypatch.setattr(
+        speed_train, "time_trainer", lambda *_: calls.append("own") or 1 / len(calls)
+    )
+    args = speed.parse_args(["train", "--repeat", "2"])
+    assert speed_train.in_turn("ct", args, torch.device("cpu"), None) == (1 / 4, 1 / 3)
+    assert calls == ["plain", "own"] * 2
+    assert speed_train.in_turn("ct", args, torch.device("cpu"), None, compiled=True) == (
+        1 / 6,
+        1 / 5,
+    )
+
+
+def test_one_thread_is_timed_by_its_own_seconds(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(speed_train.time, "process_time", lambda: 7.0)
+    monkeypatch.setattr(speed_train.time, "perf_counter", lambda: 9.0)
+    assert speed_train.synchronised(torch.device("cpu")) == 7.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert speed_train.synchronised(torch.device("cpu")) == 9.0
+
+
+def test_scaling_has_a_point_for_every_value(tmp_path):
+    words = ["scaling", *"--widths 1,2 --depths 10 --batches 4,8 --threads-list 1".split()]
+    words += [*"--processes 2 --depth 10 --batch-size 4 --group 1 --groups 2".split()]
+    words += ["--repeat", "1", "--precision", "fp32", "--svg", str(tmp_path / "a.svg")]
+    axes = speed.main(speed.parse_args(words))["scaling"]["axes"]
+    values = {axis: [row["value"] for row in rows] for axis, rows in axes.items()}
+    assert values == {
+        "width": [1, 2], "depth": [10], "batch": [4, 8], "threads": [1], "processes": [2],
+    }  # fmt: skip
+    assert all(row["images_per_s"] > 0 for rows in axes.values() for row in rows)
+    text = (tmp_path / "a.svg").read_text()
+    assert "processes (of 1)" in text and "times the base value" in text
 
 
 def test_the_floor_counts_three_passes():
