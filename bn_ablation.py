@@ -1,9 +1,9 @@
 """How does batch normalisation help optimisation? One network trained with and without, and probed.
 
 Paper: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?",
-NeurIPS 2018, arXiv 1805.11604. Every pair of --norms and --lrs is trained under the same seed, data
-order and fixed rate (the VGG and the linear network from the same initial weights too), and every
---measure-every steps this is measured, with weights w, batch (x, y), loss L and gradient g at w:
+NeurIPS 2018, arXiv 1805.11604. A network is trained for every pair of --norms and --lrs, with the
+same seed and data order. The VGG and the linear network start from the same weights too. Every
+--measure-every steps this is measured, with weights w, loss L of the batch and its gradient g at w:
 
     landscape        L(w - eta g) over the step sizes eta: the band of Fig. 4a
     predictiveness   ||grad L(w) - grad L(w - eta g)|| over eta: the band of Fig. 4b
@@ -145,8 +145,8 @@ class Probe:
 
 
 def landscape(probe, params, grads, direction, etas):
-    """Losses L(w - eta d) and gradient differences ||grad L(w) - grad L(w - eta d)||, one per eta,
-    and the largest difference per distance moved. d: list like `grads`. Floats."""
+    """Losses L(w - eta d) and gradient differences ||grad L(w) - grad L(w - eta d)||, one per eta.
+    beta: the largest difference per distance moved. d: `direction`, like `grads`. Floats."""
     losses, differences = [], []
     for eta in etas:
         moved = {k: p - eta * d for (k, p), d in zip(params.items(), direction, strict=True)}

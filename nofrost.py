@@ -12,11 +12,11 @@ x_adv by PGD on the cross-entropy with the network in eval mode, CE with label s
 streams' losses.
 
 From the authors' code: the loss, lam 0.5, smoothing 0.1, eps 8/255, 10 steps of min(1.25 eps,
-eps + 4)/10, and the whole recipe of --dataset imagenet (90 epochs, batch 256, rate 0.1 per 256
-images, cosine by epochs, Nesterov, weight decay 5e-5 on everything, dropout 0.25, stochastic depth
-0.1, no warm-up, no clipping). The paper has no small images, so their recipe is ours (DEFAULTS;
-warm-up, gradients clipped at norm 1, weight decay 5e-4, rate per step), and so are their NF
-networks (--arch wrnD-K, resnetN with --norm nf).
+eps + 4)/10. So is the recipe of --dataset imagenet: 90 epochs, batch 256, rate 0.1 per 256 images,
+cosine by epochs, Nesterov; weight decay 5e-5 on everything, dropout 0.25, stochastic depth 0.1, no
+warm-up, no clipping. The paper has no small images, so their recipe is ours (DEFAULTS): warm-up,
+gradients clipped at norm 1, weight decay 5e-4, rate per step. So are their NF networks (--arch
+wrnD-K, resnetN with --norm nf).
 
     python nofrost.py                                    # embedded data, minutes on a CPU
     python nofrost.py --dataset cifar10 --arch wrn28-10  # the full job on a GPU

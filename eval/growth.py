@@ -1,7 +1,7 @@
 """How far the final layer has grown before the first step: depth by depth, norm by norm.
 
-Without BatchNorm and with He's start the signal doubles in every residual block, with BatchNorm it
-grows by one, with Fixup it stays (Zhang et al. 2019; Dauphin & Cubuk 2021).
+Without BatchNorm and with He's start the signal doubles in every residual block. With BatchNorm it
+grows by one. With Fixup it stays (Zhang et al. 2019; Dauphin & Cubuk 2021).
 
     python eval/growth.py                                   # WRN-D-4, D = 10, 16, 28, 40
     python eval/growth.py --arch resnet8 --depths 8,20,56,110 --norms none,bn,fixup

@@ -286,8 +286,9 @@ def image_hessian(net, x, y, iterations, seed, index):
 
 
 def spread(values):
-    """Mean over the finite values of a measure, the number of the others, quantiles and values of
-    all, None for what is not finite (JSON has no infinity)."""
+    """Mean over the finite values of a measure, the number of the others, quantiles of all, values.
+
+    What is not finite becomes None, for JSON has no infinity."""
     values = values.double().cpu()
     quantiles = values.quantile(torch.tensor(QUANTILES, dtype=torch.float64))
     found = values[values.isfinite()]

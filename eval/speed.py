@@ -30,9 +30,9 @@ from common import attacks, corruptions, data, models, run
 from common.data import files, folders, shapes
 from eval import speed_gpu, speed_scaling, speed_train
 
-# Milliseconds per image, means over severities, of the code of hendrycks/robustness on one core of
-# an AMD EPYC (AVX-512, 2 virtual cores), process time, medians of 3 runs over 64 CIFAR-10 and 2
-# ImageNet images: Python 3.11, NumPy 1.26, SciPy 1.11, scikit-image 0.20, OpenCV 4.8.1, Pillow
+# Milliseconds per image of the code of hendrycks/robustness, means over severities. Process time on
+# one core of an AMD EPYC (AVX-512, 2 virtual cores). Medians of 3 runs over 64 CIFAR-10 and 2
+# ImageNet images. Python 3.11, NumPy 1.26, SciPy 1.11, scikit-image 0.20, OpenCV 4.8.1, Pillow
 # 10.4, ImageMagick 6.9. The sums over the 15 were 20.4 and 1020 ms in an earlier measurement.
 ORIGINAL = {
     "gaussian_noise": (0.058, 4.308),

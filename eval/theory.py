@@ -5,8 +5,10 @@ features than samples, training data fitted exactly by the solution of least nor
 abstract states the conclusion; definitions and formulas below are our derivation, not a quotation.
 
 Solutions. X (n,d), y (n,), n < d. Standard deviations s_j of the features, D = diag(s).
+
     plain       theta = argmin ||theta||   subject to X theta = y          = X^+ y
     normalised  theta = argmin ||D theta|| subject to X theta = y          = D^-1 (X D^-1)^+ y
+
 The second is the least-norm solution on features divided by s_j, written in the original features.
 Without normalisation a coefficient costs theta_j^2 whatever its feature's scale, so the signal goes
 to features with a large variance; with it the price is s_j^2 theta_j^2, the same for all features.
@@ -29,8 +31,8 @@ with
     q = n / (rho^2 n + 1 - rho^2),
     share = S_L / S,   ||theta_L||^2 = q sum_L (w_j / s_j)^2 / S^2,
     in-domain error = ((1 - rho^2) / (rho^2 n + 1 - rho^2))^2 + (1 - rho^2) q Q / S^2.
-So normalisation averages over more features, which lowers the in-domain error, and pays for it with
-coefficients of 1/s2 on the low-variance ones, which raises the error when those shift.
+So normalisation averages over more features, which lowers the in-domain error. It pays for that
+with coefficients of 1/s2 on the low-variance ones, and these raise the error under a shift.
 
     python eval/theory.py                 # two tables, a few seconds
     python eval/theory.py --sigma-low 0.03 --tau 0.05 --json theory.json

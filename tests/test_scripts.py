@@ -108,6 +108,17 @@ def test_the_loop_is_short():
     assert reading.lines(name) <= most
 
 
+def test_sentences_are_short():
+    assert not reading.long_sentences()
+
+
+def test_a_long_sentence_is_found():
+    words = " ".join(["word"] * 26)
+    source = f'"""Short.\n\n{words}."""\nx = 1  # short\n# {words[:60]}\n# {words[60:]}\n'
+    texts = [text for _, text in reading.paragraphs(source)]
+    assert [len(s.split()) for t in texts for s in reading.sentences(t)] == [1, 26, 1, 26]
+
+
 def test_ct_and_fixup_differ_by_their_method():
     """At most 40 changed lines inside train()."""
     a, b = (reading.source_of_train(text(s)).splitlines() for s in ("ct.py", "fixup_penalty.py"))

@@ -119,14 +119,14 @@ def whole(tmp_path_factory):
 # --- kills ----------------------------------------------------------------------------------------
 
 KILLER = """
-    import os, random, signal, sys, time, torch, traceback
+    import importlib, os, random, signal, sys, time, torch, traceback
     from pathlib import Path
     from torch.utils.tensorboard import SummaryWriter  # what takes seconds to import, imported once
-    import ct
     from common import data
     data.sets.SHAPES_SIZES.update(train=96, test=40)
-    folder, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    options = sys.argv[4:]
+    script = importlib.import_module(sys.argv[1])
+    folder, kills, rng = Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
+    options = sys.argv[5:]
 
     def run(out, life=None):
         "Train in a child; kill it `life` seconds after its first step. True if it came to its end."
@@ -141,7 +141,8 @@ KILLER = """
                 os.write(begin, b"x")
             run.Loop.__init__ = init
             try:
-                ct.main(ct.parse_args([*options, "--out", str(out), "--resume", "auto"]))
+                argv = [*options, "--out", str(out), "--resume", "auto"]
+                script.main(script.parse_args(argv))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -158,7 +159,8 @@ KILLER = """
         return os.WIFEXITED(status)
 
     def weights(out):
-        return [torch.load(out / f, weights_only=True)["model"] for f in ("teacher.pt", "last.pt")]
+        files = [file for file in out.glob("*.pt") if not file.stem.endswith(".1")]
+        return {f.name: torch.load(f, weights_only=True)["model"] for f in files}
 
     began = time.monotonic()
     run(folder / "whole")
@@ -170,7 +172,9 @@ KILLER = """
         done += not ended
         torn += bool(list(out.glob(".*.pt.*")))
         if ended:
-            for have, want in zip(weights(out), expected):
+            found = weights(out)
+            assert found.keys() == expected.keys() and len(found) == 2
+            for have, want in ((found[name], expected[name]) for name in found):
                 assert have.keys() == want.keys()
                 assert all(torch.equal(have[k], want[k]) for k in have)
             n += 1
@@ -178,35 +182,50 @@ KILLER = """
 """
 
 
-def kill(tmp_path, kills, seed):
-    """(kills, those within the writing of a checkpoint, runs compared), of ct.py's two stages."""
-    options = "--epochs 4 --no-baseline --teacher-epochs 4 --save-minutes 1e-9".split()
-    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path), str(kills), str(seed)]
+# Two networks each. --save-minutes 1e-9 writes a checkpoint after every step.
+KILLED = {
+    "ct": [*TINY, *"--epochs 4 --no-baseline --teacher-epochs 4 --save-minutes 1e-9".split()],
+    "fixup_penalty": [*TINY, *"--limit 0 --variants none+penalty,bn --mixup 0.5 --epochs 4 "
+                      "--save-minutes 1e-9".split()],
+    "nofrost": "--norms nf,bn --arch wrn10-1 --batch-size 32 --epochs 4 --attack-steps 1 "
+    "--probe-images 4 --robust-images 0 --precision fp32 --device cpu --eval-every 2 "
+    "--save-minutes 1e-9".split(),
+    "bn_ablation": "--arch vgg11-4 --batch-size 32 --steps 12 --norms none,noisy-bn --lrs 0.1 "
+    "--measure-every 3 --device cpu --save-minutes 1e-9".split(),
+}  # fmt: skip
+
+
+def kill(script, tmp_path, kills, seed):
+    """(kills, those within the writing of a checkpoint, runs compared) of a script."""
+    tmp_path.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), script, str(tmp_path), str(kills)]
     # One thread: a fork beside others (OpenBLAS starts one per core) may inherit a held lock.
     single = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *TINY, *options], cwd=run.ROOT, env=single, text=True, capture_output=True
-    )
+        [*command, str(seed), *KILLED[script]],
+        cwd=run.ROOT, env=single, text=True, capture_output=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [int(n) for n in done.stdout.split()[-3:]]
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     """SIGKILL at three random moments, teacher and student: the same weights, bit for bit."""
-    kills, _, ended = kill(tmp_path, 3, seed=0)
+    kills, _, ended = kill("ct", tmp_path, 3, seed=0)
     assert kills == 3 and ended >= 1
 
 
 @pytest.mark.slow
-def test_killed_at_20_points(tmp_path):
+@pytest.mark.parametrize("script", KILLED)
+def test_killed_at_20_points(tmp_path, script):
     """The same at 20 moments and more, until five fell within the writing of a checkpoint."""
     kills, torn, ended = 0, 0, 0
     for seed in range(5):
-        found = kill(tmp_path / str(seed), 20, seed)
+        found = kill(script, tmp_path / str(seed), 20, seed)
         kills, torn, ended = (a + b for a, b in zip((kills, torn, ended), found, strict=True))
         if torn >= 5:
             break
-    print(f"{kills} kills, {torn} within a write, {ended} runs compared")
+    print(f"{script}: {kills} kills, {torn} within a write, {ended} runs compared")
     assert kills >= 20 and torn >= 5
 
 

@@ -7,11 +7,11 @@ Sources: AutoAttack, Croce & Hein 2020 (arXiv 2003.01690); MIM, Dong et al. 2018
 Wagner 2017; the order of the targets of apgd-malt, Melamed et al. 2024 (arXiv 2407.02240). The
 attacks stand in pgd.py, apgd.py, fab.py and square.py.
 
-APGD and Square stop at an image as soon as it is misclassified, FAB as soon as it is so within eps,
-and go on with the others alone. Random numbers belong to (seed, attack, index of the image): a
-result depends neither on the batch size nor on which other images are attacked. The network may
-compute in bf16. In the end the unmodified network decides in fp32 what is misclassified, and
-logits that are NaN classify nothing correctly.
+APGD and Square stop at an image as soon as it is misclassified, and go on with the others alone.
+FAB stops as soon as it is so within eps. Random numbers belong to (seed, attack, index of the
+image): a result depends neither on the batch size nor on which other images are attacked. The
+network may compute in bf16. In the end the unmodified network decides in fp32 what is
+misclassified, and logits that are NaN classify nothing correctly.
 """
 
 import contextlib
@@ -219,8 +219,10 @@ def nearest_classes(net, x, y, count):
 
 
 def towards_each(net, x, y, attempt, tick=None, ranked=likeliest, most=TARGETS):
-    """Run attempt(rows, target, k, tick) -> (x_adv, fooled) with the first wrong class of the
-    clean image as target, then with the next, each on the rows still standing."""
+    """Run attempt(rows, target, k, tick) -> (x_adv, fooled) for one target after the other.
+
+    The first target is the likeliest wrong class of the clean image, the second the next. Each is
+    tried on the rows still standing."""
     count = min(most, net.classes - 1)
     order = ranked(net, x, y, count)
     out, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -390,9 +392,9 @@ def autoattack(model, x, y, eps=8.0, norm="linf", attacks=STANDARD, batch_size=2
     >>> x_adv.shape, float((x_adv - x).abs().max()) <= 8 / 255
     (torch.Size([4, 3, 8, 8]), True)
 
-    model: a module in any mode, or a function, from images in [0,1] to logits (N,K), a tuple that
-    begins with them, or a dict with the key "logits". x: (N,C,H,W) uint8, or floating point in
-    [0,1]. y: (N,) labels of any integer type. eps: in units of 1/255 for both norms. attacks:
+    model: a module in any mode, or a function, of images in [0,1]. It returns logits (N,K), a tuple
+    that begins with them, or a dict with the key "logits". x: (N,C,H,W) uint8, or floating point
+    in [0,1]. y: (N,) labels of any integer type. eps: in units of 1/255 for both norms. attacks:
     their names, each attacks what those before left standing. settings: seed, precision, alpha,
     eot as in `attack`.
 

@@ -12,9 +12,10 @@ from common.attacks.rows import Rows, distance, lengths, per_image
 def nearest(point, w, value, norm):
     """The smallest step d (N,D) from `point` (N,D) in [0,1] onto w.d + value = 0, within [0,1].
 
-    With t the step length, entry i moves by min(t s_i, room_i), s_i = 1 (Linf) or |w_i| (L2), and
-    lowers |value| by the sum of |w_i| times that: concave in t, so Newton's method from t = 0
-    climbs to the solution, in a few steps. Where the box is too small every entry moves fully.
+    With t the step length, entry i moves by min(t s_i, room_i), s_i = 1 (Linf) or |w_i| (L2). This
+    lowers |value| by the sum of |w_i| times the moves, which is concave in t. So Newton's method
+    from t = 0 climbs to the solution in a few steps. Where the box is too small every entry moves
+    fully.
     """
     w = torch.where(value[:, None] > 0, -w, w)
     need, size = value.abs(), w.abs()

@@ -1,7 +1,7 @@
 """Square Attack, by queries alone (Andriushchenko et al. 2020, arXiv 1912.00049).
 
-Unlike the authors' code it draws a window per image, not per batch, may place it at the last row
-and column (as in the paper), and starts in L2 from bumps of one orientation.
+Unlike the authors' code it draws a window per image, not per batch. The window may lie at the last
+row and column, as in the paper. The start in L2 has bumps of one orientation.
 """
 
 import functools

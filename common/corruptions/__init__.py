@@ -6,14 +6,14 @@ make_tinyimagenet_c.py (64) and make_imagenet_c.py (224) of hendrycks/robustness
 
     y = corrupt(x, "fog", severity=3, seed=0, index=index)     # uint8 (N,3,S,S) -> the same
 
-`draw` makes the random numbers of a batch and `apply` uses them, so that a test can hand over the
-draws of the original code and compare. Image i depends on (seed, name, severity, index[i]) alone:
+`draw` makes the random numbers of a batch and `apply` uses them. So a test can hand over the draws
+of the original code and compare. Image i depends on (seed, name, severity, index[i]) alone:
 not on the batch, its order, its split into chunks, the process or the device.
 
 The originals compute in float64 (float32 where noted), clip, and truncate to uint8. So does this
-module, in their order of operations wherever a result can be an integer in exact arithmetic (a
-constant patch, above all), because one unit in the last place then costs a grey level. Sums in
-another order (matrix products, FFT) stay where an integer cannot come out. Nothing is rounded to
+module. It keeps their order of operations wherever a result can be an integer in exact arithmetic,
+as in a constant patch. There one unit in the last place costs a grey level. Sums in another order
+(matrix products, FFT) stay where an integer cannot come out. Nothing is rounded to
 nearest unless the original does it. Nothing here normalises images.
 
 Frost needs six photographs that are not part of this project: see `frost_textures`.

@@ -66,8 +66,9 @@ PIXELATE = {  # share of the side that is left
 
 @functools.lru_cache
 def _box(size, side, device):
-    """Pillow's box filter from `size` to `side` pixels as (size,side) float64 of 22-bit integers,
-    and the one source pixel of each pixel on the way back. Boxes take whole pixels only."""
+    """Pillow's box filter from `size` to `side` pixels, and each one's source on the way back.
+
+    The filter is (size,side) float64 of 22-bit integers. Boxes take whole pixels only."""
     out = np.zeros((size, side))
     step = size / side
     for k in range(side):

@@ -53,8 +53,9 @@ def _gaussian(y, sigma):
 
 
 def _folded(p, size, repeat):
-    """Whole numbers in float64 to 0..size-1 by reflection at the border: d c b | a b c d | c b a,
-    or d c b a | a b c d | d c b a with repeat=1."""
+    """Whole numbers in float64 to 0..size-1 by reflection at the border.
+
+    This is d c b | a b c d | c b a. With repeat=1 it is d c b a | a b c d | d c b a."""
     period = 2 * size - 2 + 2 * repeat
     p = p - _divide(p.clone(), period).floor_().mul_(period)
     return torch.minimum(p, period - repeat - p)

@@ -197,7 +197,10 @@ OPERATIONS = (*TABLES, "rotate", "shear_x", "shear_y", "translate_x", "translate
 def matrices(kind, level, sign, size):
     """Rows (a, b, c, d, e, f) float32 (n,6) of the geometric operations.
 
-    The pixel centre (x, y) shows the source at (a x + b y + c, d x + e y + f), as in Pillow."""
+    As in Pillow the pixel centre (x, y) shows the source at this point:
+
+        (a x + b y + c, d x + e y + f)
+    """
     matrix = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64).repeat(len(kind), 1)
     shear = sign * level * 0.3 / 10
     shift = sign * (level * (size / 3) / 10).trunc()

@@ -1,8 +1,12 @@
 """The networks, each with or without normalisation.
 
-Every network takes images in [0,1] (N,3,H,W), normalises them in its first layer, and has
-`features(x) -> (N,D)`, the pooled penultimate embedding, `head(h) -> (N,K)`, the logits, and
-`maps(x)`, the list of feature maps (N,C,H,W) that its stages end with.
+Every network takes images in [0,1] (N,3,H,W) and normalises them in its first layer. It has
+
+    features(x) -> (N,D)    the pooled penultimate embedding
+    head(h) -> (N,K)        the logits
+    maps(x)                 the list of feature maps (N,C,H,W) that its stages end with
+
+It is built by name, and gives its logits with or without the rest:
 
     model = build("wrn16-1", "none", num_classes=10)
     logits, h = model(x, with_features=True)

@@ -7,8 +7,8 @@ weights decides how far the signal reaches:
 
 * He fan-in instead of the published fan-out. Fan-out divides the variance by c_out k^2 / c_in k^2,
   5.3 at the stem (3 to 16 channels) and 2 at every widening: harmless before BatchNorm, not here.
-* In a residual branch of m convolutions, of L branches in all, the inner ones are multiplied by
-  L^(-1/(2m-2)) (Fixup's rule 2, Zhang et al. 2019), and the last by 0.5. Fixup has zero there.
+* Let a residual branch have m convolutions, and the network L branches. The inner convolutions
+  are multiplied by L^(-1/(2m-2)) (Fixup's rule 2, Zhang 2019), the last by 0.5. Fixup has zero.
   At zero, the loss of WRN-10-1 on `shapes` rests at ln 10 for epochs: 11.6 % error after 10 epochs
   with zero, 9.5 with 0.5, 31.4 with fan-out and zero (one seed).
 

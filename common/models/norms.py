@@ -55,10 +55,13 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class NoisyBatchNorm(BatchNorm):
-    """BatchNorm, then in training noise whose distribution is another one at every step
-    (their Algorithm 1): per channel mu ~ U(-0.5, 0.5) and sigma ~ U(1, 1.25), then per activation
-    m ~ U(mu - 0.1, mu + 0.1) and s ~ N(sigma, 0.1), out = s * a + m. The paper leaves open, and
-    here: the noise comes after gamma and beta, 0.1 is a standard deviation, evaluation has none."""
+    """BatchNorm a, then in training noise of another distribution at every step (Algorithm 1).
+
+        per channel       mu ~ U(-0.5, 0.5)             sigma ~ U(1, 1.25)
+        per activation    m ~ U(mu - 0.1, mu + 0.1)     s ~ N(sigma, 0.1)     out = s * a + m
+
+    The paper leaves open, and here: the noise comes after gamma and beta, 0.1 is a standard
+    deviation, evaluation has none."""
 
     def forward(self, x):
         a = super().forward(x)
@@ -74,9 +77,12 @@ class NoisyBatchNorm(BatchNorm):
 
 
 class LpNorm(nn.Module):
-    """BatchNorm with another divisor: (a - mean a) / N_p(a) * weight + bias per channel, with
-    N_p(a) = (mean |a|^p)^(1/p) of the activations before the mean is taken off (N_inf: max |a|).
-    The paper gives the idea; this formula is its natural reading."""
+    """BatchNorm with another divisor, per channel.
+
+        out = (a - mean a) / N_p(a) * weight + bias,    N_p(a) = (mean |a|^p)^(1/p)
+
+    N_p is of the activations before the mean is taken off, and N_inf is max |a|. The paper gives
+    the idea; this formula is its natural reading."""
 
     single_process = True  # its statistics cannot be those of a batch spread over processes
 
@@ -161,9 +167,12 @@ def measure_statistics(model, x):
 class BatchNoise(nn.Module):
     """The noise of batch statistics without the normalisation; identity in evaluation.
 
-    With mean mu and standard deviation sigma of a channel, a batch of n images has mu_B = mu +
-    sigma u and sigma_B = sigma (1 + v), and BatchNorm returns ((x - mu)/sigma - u)/(1 + v). Its
-    noise, to first order in 1/sqrt(n) and back on the scale of x, is all that is done here:
+    Let a channel have mean mu and standard deviation sigma. A batch of n images has others:
+
+        mu_B = mu + sigma u,   sigma_B = sigma (1 + v)
+
+    So BatchNorm returns ((x - mu)/sigma - u)/(1 + v). Its noise, to first order in 1/sqrt(n) and
+    back on the scale of x, is all that is done here:
 
         y = x - v (x - mu) - sigma u
 
@@ -171,9 +180,12 @@ class BatchNoise(nn.Module):
     that of its square. Then u = mean a_i, (1 + v)^2 = mean q_i - u^2, so v = (mean q_i - 1)/2 to
     first order. Images are independent (positions are not), so (u, v) tends to N(0, C/n) with C
     the covariance over images of (a_i, q_i/2). For k independent positions: var u = 1/(nk), var v
-    = (kurtosis - 1)/(4nk), the textbook values. C is estimated from the batch, and (u, v) drawn as
-    sum_i g_i (a_i - mean a, (q_i - mean q)/2)/sqrt(N n), g_i ~ N(0,1) for the N images at hand: it
-    has that covariance, and BatchNorm's correlation between channels. Layers draw independently.
+    = (kurtosis - 1)/(4nk), the textbook values. C is estimated from the N images at hand. With
+    g_i ~ N(0,1) the layer draws
+
+        (u, v) = sum_i g_i (a_i - mean a, (q_i - mean q)/2) / sqrt(N n)
+
+    It has that covariance, and BatchNorm's correlation between channels. Layers draw independently.
 
     images: n; None is that of the batch. No gradient passes through mu, sigma, u and v. Under bf16
     noise finer than its grid (v below 0.004, as of n = 1024) is rounded away: train in fp32 then.

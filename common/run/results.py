@@ -32,8 +32,8 @@ class Results:
     working directory, and a line says so. TensorBoard goes beside the JSON. pictures: whether the
     evaluation writes to TensorBoard.
 
-    Raises UserError where a file cannot be written, where another process writes the same results,
-    and, without `overwrite`, where results of other settings would be replaced.
+    Raises UserError where a file cannot be written, or another process writes the same results.
+    Without `overwrite` it also does where results of other settings would be replaced.
     """
 
     def __init__(
