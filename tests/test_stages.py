@@ -1,6 +1,8 @@
 """The feature maps of every family, and attention transfer as common/README.md writes it."""
 
+import importlib
 import itertools
+import json
 import re
 
 import pytest
@@ -164,3 +166,37 @@ def test_a_users_network_names_its_stages():
         models.build("dln25", "bn").maps(torch.rand(2, 10))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert isinstance(models.Own(net, "a", (0,) * 3, (1,) * 3).normalize, Normalize)
+
+
+def test_a_copy_of_ct_with_another_loss(tmp_path, monkeypatch):
+    """The four steps of the README: the copy trains, and its checkpoint is read."""
+    text = (run.ROOT / "common" / "README.md").read_text().split("## Your own method")[1]
+    functions = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    source = (run.ROOT / "ct.py").read_text()
+    begin = source.index("            logits, f_s = loop.net(x, with_features=True)")
+    end = source.index("        loop.backward(loss)")
+    loss = """            logits, maps = loop.net(x, with_stages=True)
+        loss_cls = F.cross_entropy(logits, y)
+        loss_ct = torch.zeros_like(loss_cls)
+        if teacher is not None:
+            with torch.no_grad(), precision.autocast():
+                _, wanted = teacher(x, with_stages=True)
+            loss_ct = attention_transfer(maps, wanted)
+        loss = loss_cls + args.lam * loss_ct
+
+"""
+    changed = source[:begin] + loss + source[end:]
+    changed = changed.replace("\ndef train(", f"\n{functions}\n\ndef train(", 1)
+    (tmp_path / "my_method.py").write_text(changed)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module("my_method")
+    options = "--dataset shapes --limit 64 --batch-size 16 --epochs 2 --teacher-epochs 1 --lam 100 "
+    options += (
+        "--arch resnet8 --corrupted-images 0 --no-baseline --device cpu --image-size 16 --out "
+    )
+    mine.main(mine.parse_args([*options.split(), str(tmp_path / "run")]))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    distances = [row["distance"] for row in rows if "distance" in row]
+    assert max(distances) > 0
+    checkpoint = run.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert models.from_checkpoint(checkpoint)(torch.rand(2, 3, 32, 32)).shape == (2, 10)
