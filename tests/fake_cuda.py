@@ -16,7 +16,7 @@ Where CUDA would raise, it raises RuntimeError:
 
 Where the host would wait for the GPU, it counts a wait:
     item     .item(), float(tensor), `if tensor:`
-    to cpu   .cpu(), .tolist(), torch.save
+    to cpu   .cpu(), .tolist(), torch.save; not a non_blocking copy into pinned memory
     to cuda  a copy from the CPU; only a non_blocking copy from pinned memory does not wait
     shape    results whose size depends on values: nonzero, a mask as an index, equal, unique
     api      torch.cuda.synchronize
@@ -297,7 +297,11 @@ class Calls(TorchFunctionMode):
             del kwargs["device"]  # made on the CPU, then copied, as torch does
             grad = kwargs.pop("requires_grad", False)
             return func(*args, **kwargs).to(CUDA).requires_grad_(grad)
-        return func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", False)
+        result = func(*args, **kwargs)
+        if pinned:
+            result.pinned = True
+        return result
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -162,3 +162,73 @@ def test_evaluations_reach_their_tables(tmp_path, trained, name):
     process, _ = run_pretended(tmp_path, [f"eval/{name}.py", trained, "--device", "cuda", *options])
     assert process.returncode == 0, process.stderr[-3000:]
     assert word in process.stdout
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+LAYERS = """
+import torch
+import torch.nn.functional as F
+from common import attacks, models, run
+from common.attacks import fastnet
+
+x = torch.rand(4, 3, 32, 32).cuda()
+bf16 = run.Precision("bf16", "cuda")
+for norm in ("gn", "ln", "in"):
+    torch.manual_seed(0)
+    model = models.build("wrn10-1", norm, 10).to("cuda", memory_format=torch.channels_last)
+    with bf16.autocast():
+        maps = model.maps(x)
+    print(norm, {str(part.dtype) for part in maps})
+layer = models.norms.GroupNorm(2, 8).cuda()
+part = torch.rand(4, 8, 5, 5).cuda()
+with bf16.autocast():
+    low = layer(part.bfloat16())
+exact = F.group_norm(part, 2)
+print("near", bool(((low.float() - exact).abs() < 0.02 + 0.01 * exact.abs()).all()))
+model = models.build("wrn10-1", "bn", 10).to("cuda", memory_format=torch.channels_last).eval()
+with attacks.fastnet.prepared(model, x, bf16) as net:
+    print("loose", len(net.norms), all("forward" in vars(norm) for norm in net.norms))
+"""
+
+SAVED = """
+import torch
+from common import run
+
+state = {"a": [torch.rand(3, device="cuda") for _ in range(50)], "b": {"c": torch.rand(2, 2)}, "d": 1}
+found = run.checkpoint.on_host(state)
+assert not any(part.is_cuda for part in found["a"]) and found["b"]["c"] is state["b"]["c"]
+"""
+
+SYNCHRONISED = """
+import torch
+import torch.distributed as dist
+from common import models, run
+
+models.norms.run.world = lambda: 2
+run.device.world = lambda: 2
+dist.all_reduce = lambda x, *args, **kwargs: None
+model = models.build("wrn10-1", "bn", 10).to("cuda", memory_format=torch.channels_last).train()
+model(torch.rand(4, 3, 32, 32, device="cuda")).sum().backward()
+"""
+
+
+def test_parts_on_a_pretended_gpu(tmp_path):
+    """GroupNorm stays bf16, as on a CPU; a checkpoint waits once; BatchNorm over processes never.
+
+    torch's SyncBatchNorm would wait three times a layer."""
+    scripts = {"layers.py": LAYERS, "saved.py": SAVED, "synchronised.py": SYNCHRONISED}
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
+    process, reports = run_pretended(tmp_path, *([tmp_path / name] for name in scripts))
+    assert process.returncode == 0, process.stderr[-3000:]
+    told = process.stdout.splitlines()
+    assert told[:3] == [f"{norm} {{'torch.bfloat16'}}" for norm in ("gn", "ln", "in")]
+    assert told[3] == "near True"
+    assert told[4].startswith("loose ") and told[4].endswith(" True") and told[4] != "loose 0 True"
+    _, saved, synchronised = reports
+    assert [(what, count) for what, _, count in saved["waits"]] == [("api: synchronize", 1)]
+    line = next(k for k, text in enumerate(SYNCHRONISED.split("\n"), 1) if ".to(" in text)
+    places = {where.split()[0] for _, where, _ in synchronised["waits"]}
+    assert places == {f"synchronised.py:{line}"}  # where the model is put on the device
+    assert synchronised["kernels"] > 100
