@@ -195,7 +195,8 @@ SAVED = """
 import torch
 from common import run
 
-state = {"a": [torch.rand(3, device="cuda") for _ in range(50)], "b": {"c": torch.rand(2, 2)}, "d": 1}
+parts = [torch.rand(3, device="cuda") for _ in range(50)]
+state = {"a": parts, "b": {"c": torch.rand(2, 2)}, "d": 1}
 found = run.checkpoint.on_host(state)
 assert not any(part.is_cuda for part in found["a"]) and found["b"]["c"] is state["b"]["c"]
 """
