@@ -1,7 +1,8 @@
 """The headline tables: one command trains and evaluates what is missing, and prints the table.
 
     python eval/headline.py                                  # the tables and their state
-    python eval/headline.py question --dry-run               # its commands, checked
+    python eval/headline.py --dry-run                        # every command and data set, checked
+    python eval/headline.py question --dry-run               # the commands of a table
     python eval/headline.py question --jobs 2                # what is missing, then the table
     python eval/headline.py question --seeds 1 --rows BatchNorm,CT
 
@@ -318,6 +319,25 @@ def dry_run(jobs, scale, args):
     return todo
 
 
+def dry_run_all(args):
+    """Check the commands of every table and scale, and name the data sets that are not there."""
+    lines, reasons = [], {}
+    for name, table in headline_tables.TABLES.items():
+        for size, scale in table.scales.items():
+            own = run.changed(args, scale=size)
+            jobs = all_jobs(own, scale, scale.rows, args.seeds or scale.seeds)
+            for job in jobs.values():
+                check(job)
+            if scale.dataset not in reasons:
+                reasons[scale.dataset] = missing_data(scale.dataset, args.data_dir)
+            state = "missing" if reasons[scale.dataset] else "there"
+            lines.append([name, size, len(jobs), scale.dataset, state])
+    print(run.table(lines, ["table", "scale", "commands", "data set", ""]))
+    print(f"{sum(line[2] for line in lines)} commands; their options are known")
+    print("\n".join(reason for reason in reasons.values() if reason))
+    return lines
+
+
 def missing_data(name, data_dir):
     """What keeps a data set from being read, or None."""
     if name not in data.NAMES:
@@ -478,7 +498,7 @@ def main(args):
     if args.readme:
         return headline_report.update(args.out / "README.md")
     if args.table is None:
-        return list_tables(args)
+        return dry_run_all(args) if args.dry_run else list_tables(args)
     table = headline_tables.TABLES[args.table]
     if args.scale not in table.scales:
         raise run.UserError(f"{args.table} has no {args.scale} scale: {', '.join(table.scales)}")

@@ -228,6 +228,27 @@ def test_dry_run_starts_nothing(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_of_every_table(tmp_path, capsys, monkeypatch):
+    """One seed is enough: seeds differ in a number alone."""
+
+    def load(name, *args, **options):
+        if name != "cifar10":
+            raise run.UserError(f"{name}: not on this machine")
+
+    monkeypatch.setattr(data, "load", load)
+    found = headline.main(
+        headline.parse_args(
+            ["--dry-run", "--seeds", "1", "--data-dir", str(tmp_path), "--runs", str(tmp_path)]
+        )
+    )
+    assert [tuple(line[:2]) for line in found] == SCALES
+    states = {line[3]: line[4] for line in found}
+    assert {name for name, state in states.items() if state == "there"} == {"cifar10", "gaussian"}
+    out = capsys.readouterr().out
+    assert "their options are known" in out and out.count("pacs: not on this machine") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 RESULTS = run.ROOT / "eval" / "results"
 
 
