@@ -25,13 +25,16 @@ def values_of(row, column):
 
 
 def lines_of(content):
-    """(rows, header) of the table of a results file. A reported column stands twice."""
+    """(rows, header) of the table of a results file. A reported column stands twice, and rows that
+    nothing is known of are left out; `caption` names them."""
     reported = {c for row in content["rows"] for c in row["paper"]}
     header = ["network"]
     for column in content["columns"]:
         header += [f"{column}, paper", f"{column}, here"] if column in reported else [column]
     lines = []
     for row in content["rows"]:
+        if not_begun(row):
+            continue
         line = [row["row"]]
         for column in content["columns"]:
             values = values_of(row, column)
@@ -47,13 +50,19 @@ def lines_of(content):
     return lines, header
 
 
+def not_begun(row):
+    """Whether a row has neither a number nor a failure yet."""
+    return not row["seeds"] and not row["failed"]
+
+
 def caption(content):
     """The sentences below a table."""
     text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
     text += "deviation over n seeds."
     for extra in (content["note"], content["paper"] and f"Paper: {content['paper']}."):
         text += f" {extra}" if extra else ""
-    return text
+    absent = [row["row"] for row in content["rows"] if not_begun(row)]
+    return text + (f" Not measured yet: {', '.join(absent)}." if absent else "")
 
 
 def markdown(content):

@@ -181,6 +181,14 @@ def test_a_training_of_another_process_has_not_failed(fake, monkeypatch):
     assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
 
 
+def test_rows_not_begun_are_named_below(fake):
+    rows = (Row("first", "a", "net"), Row("second", "b", "net"))
+    line = fake({"a": "--value 1", "b": "--value 2"}, rows)
+    content = headline.main(headline.parse_args([*line, "--rows", "first"]))
+    assert [line[0] for line in headline_report.lines_of(content)[0]] == ["first"]
+    assert headline_report.caption(content).endswith("Not measured yet: second.")
+
+
 def test_nothing_but_failures_still_makes_a_table(fake):
     content = headline.main(headline.parse_args(fake({"a": "--fail all"}, (Row("a", "a", "net"),))))
     assert content["rows"][0]["seeds"] == {} and set(content["rows"][0]["failed"]) == {"0", "1"}
