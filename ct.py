@@ -2,13 +2,14 @@
 
 Paper: Taghanaki et al., "Counterbalancing Teacher: Regularizing Batch Normalized Models for
 Robustness", arXiv 2207.01548. BatchNorm makes a network lean on low-variance features that are
-specific to the training domain; without it the same network errs more in-domain and less under
-corruption. CT trains the network S with BatchNorm on
+specific to the training domain. Without it the same network errs more in-domain and less under
+corruption. CT trains the student S, with BatchNorm, on
 
-    L = L_cls(p_S, y) + lam L_ct(f_S, f_T),
+    L = L_cls(p_S, y) + lam L_ct(f_S, f_T)
 
-where f_T are the features of T, a frozen copy of the same network without BatchNorm. T is trained
-first, on the same data. S alone is used at test time. No image of the target domain is seen.
+p_S are the student's predictions, and f_S, f_T the features of student and teacher before the
+classifier. The teacher T is the same network without BatchNorm. It is trained first, on the same
+data, and then frozen. At test time S is used alone. No image of the target domain is seen.
 
 From the paper and its figure: the frozen teacher, the features before the classifier, a fresh
 student, the same image for both. The paper does not specify these; our choices, each an option:
@@ -154,14 +155,14 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
         fused=precision.device.type == "cuda",
     )  # fmt: skip
     loop = run.Loop(rundir, stage, model, optimizer, precision, task.batches, args.epochs)
-    teacher = loop.fast(teacher)
+    teacher = loop.compiled(teacher)
     warmup = round(args.warmup * task.batches.per_epoch)
     for step in loop:
         x, y = task.batches(step)
 
         with precision.autocast():
             logits, f_s = loop.net(x, with_features=True)
-        loss_cls = F.cross_entropy(logits[: len(y)], y)
+        loss_cls = F.cross_entropy(logits[: len(y)], y)  # with augmix two views of x follow it
         loss_ct = torch.zeros_like(loss_cls)
         if teacher is not None:
             with torch.no_grad(), precision.autocast():
@@ -169,7 +170,7 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
             matched = (f_s, f_t) if args.match == "features" else (logits, logits_t)
             loss_ct = distance(args.distance, *matched, args.temperature)
         loss = loss_cls + args.lam * loss_ct
-        if args.policy == "augmix":  # x: the images, then two views of each
+        if args.policy == "augmix":
             loss = loss + AUGMIX_JSD * data.jsd(logits, len(y))
 
         loop.backward(loss)
@@ -213,12 +214,13 @@ def main(args):
     results = ("error", "corrupted", *dataset.shortcut_tests)
     rundir = run.RunDir(args, __file__, precision, "student", results)  # from here on files appear
 
-    own = run.changed(args, epochs=args.teacher_epochs, lr=args.teacher_lr, clip=args.teacher_clip)
-    epochs = dict.fromkeys(networks, args.epochs) | {"teacher": 0 if args.teacher else own.epochs}
-    rundir.plan(**{name: epochs[name] for name in networks})
+    rate = {"lr": args.teacher_lr, "clip": args.teacher_clip}
+    teacher_args = run.changed(args, epochs=args.teacher_epochs, **rate)
+    lengths = {"teacher": 0 if args.teacher else args.teacher_epochs}
+    rundir.plan(**{name: lengths.get(name, args.epochs) for name in networks})
     if teacher is not None:
         if not args.teacher:
-            train("teacher", teacher, own, task, rundir, precision)
+            train("teacher", teacher, teacher_args, task, rundir, precision)
         teacher.requires_grad_(requires_grad=False).eval()
         if args.student_init == "teacher":
             models.copy_matching_weights(teacher, student)

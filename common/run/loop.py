@@ -61,7 +61,7 @@ class Loop:
         self.compiles = wants_compiled(options, precision.device)
         if self.compiles:
             torch.compiler.reset()  # torch compiles a class of networks only a few times
-        self.net = self.fast(spread(model))
+        self.net = self.compiled(spread(model))
         self.means = {}
         self.done = self.start
         self._watch = Watch(precision.scaler)
@@ -71,7 +71,7 @@ class Loop:
         self._norm = None
         self._lr = 0.0
 
-    def fast(self, model):
+    def compiled(self, model):
         """Another model for this loop, compiled as `net` is. None stays None."""
         return compiled(model, self.device) if self.compiles and model is not None else model
 
