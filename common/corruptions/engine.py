@@ -178,7 +178,7 @@ def corrupt(
     """
     x, restore = as_batch(x)
     size, device = x.shape[-1], x.device
-    severities = _severities(severity, len(x))
+    severity = _severities(severity, len(x))
     _constants(name, 1, size, scale)
     if generator is not None:
         seed = torch.randint(1 << 62, (), generator=generator, device=generator.device).item()
@@ -197,11 +197,9 @@ def corrupt(
         chunk = max(1, (CHUNK if device.type == "cpu" else 64 * CHUNK) // size**2)
     index = index.to(device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for each in severities.unique().tolist():
-        places = (severities == each).nonzero()[:, 0].to(device)
-        for part in places.split(chunk):
-            draws = draw(name, each, size, seed, index[part], scale)
-            out[part] = apply(x[part], name, each, draws, scale, frost_dir, data_dir)
+    for each, part in _parts(severity, len(x), chunk, device):
+        draws = draw(name, each, size, seed, index[part], scale)
+        out[part] = apply(x[part], name, each, draws, scale, frost_dir, data_dir)
     return restore(out)
 
 
@@ -209,18 +207,32 @@ CHUNK = 1 << 16  # pixels at a time by default on a CPU: the work of a chunk sta
 
 
 def _severities(severity, count):
-    """int64 (count,) on the CPU; InputError unless 1 to 5, one for all images or one for each."""
+    """An int for all images, or int64 (count,) on the CPU. InputError unless they are 1 to 5."""
     try:
         found = torch.as_tensor(severity).cpu()
     except (TypeError, ValueError, RuntimeError):
         found = torch.tensor(0.5)
     if found.is_floating_point() or found.dtype == torch.bool:
         raise run.InputError(f"severity {severity!r}: give whole numbers, 1 to 5")
-    for each in found.unique().tolist():
+    for each in {found.item()} if found.dim() == 0 else found.unique().tolist():
         if each not in SEVERITIES:
             raise run.InputError(f"severity {each}: choose one of 1, 2, 3, 4, 5")
-    if found.dim() and found.shape != (count,):
+    if found.dim() == 0:
+        return found.item()
+    if found.shape != (count,):
         raise run.InputError(
             f"severity: one number, or one for each of the {count} images, got {tuple(found.shape)}"
         )
-    return found.long().expand(count)
+    return found.long()
+
+
+def _parts(severity, count, chunk, device):
+    """(severity, rows) of all images, at most `chunk` rows each. Slices, which copy nothing, where
+    one severity is for all."""
+    if isinstance(severity, int):
+        for start in range(0, count, chunk):
+            yield severity, slice(start, start + chunk)
+        return
+    for each in severity.unique().tolist():
+        for rows in (severity == each).nonzero()[:, 0].to(device).split(chunk):
+            yield each, rows
