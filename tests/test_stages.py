@@ -192,7 +192,7 @@ def test_a_copy_of_ct_with_another_loss(tmp_path, monkeypatch):
     mine = importlib.import_module("my_method")
     options = "--dataset shapes --limit 64 --batch-size 16 --epochs 2 --teacher-epochs 1 --lam 100 "
     options += (
-        "--arch resnet8 --corrupted-images 0 --no-baseline --device cpu --image-size 16 --out "
+        "--arch resnet8 --corrupted-images 0 --no-baseline --device cpu --image-size 24 --out "
     )
     mine.main(mine.parse_args([*options.split(), str(tmp_path / "run")]))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
