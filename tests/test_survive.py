@@ -24,6 +24,7 @@ from common import corruptions, data, models, run
 from common.data import shapes
 from common.run import UserError
 
+EVERY = ["--save-every", "1"]  # however long a loaded machine takes to write
 TINY = "--arch resnet8 --batch-size 32 --precision fp32 --device cpu --corrupted-images 0".split()
 TINY += "--dataset shapes --eval-every 5".split()
 
@@ -35,13 +36,14 @@ def small_shapes(monkeypatch):
 
 def train_ct(out, *options):
     """The student alone, 3 steps an epoch."""
-    argv = [*TINY, "--lam", "0", "--epochs", "3", "--out", str(out), *options]
+    argv = [*TINY, *EVERY, "--lam", "0", "--epochs", "3", "--out", str(out), *options]
     return ct.main(ct.parse_args(argv))
 
 
 def train_fixup(out, *options):
     argv = [
         *TINY,
+        *EVERY,
         "--limit",
         "0",
         "--augment",
@@ -58,14 +60,24 @@ def train_fixup(out, *options):
 
 def train_bn(out, *options):
     argv = "--arch vgg11-4 --batch-size 32 --steps 9 --norms bn --lrs 0.1 --measure-every 0"
-    argv = [*argv.split(), "--log-every", "9", "--device", "cpu", "--out", str(out), *options]
+    argv = [
+        *argv.split(),
+        *EVERY,
+        "--log-every",
+        "9",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *options,
+    ]
     return bn_ablation.main(bn_ablation.parse_args(argv))
 
 
 def train_nofrost(out, *options):
     argv = "--norm nf --arch wrn10-1 --batch-size 32 --epochs 3 --attack-steps 1 --probe-images 20 "
     argv += "--robust-images 0 --precision fp32 --device cpu --eval-every 3"
-    return nofrost.main(nofrost.parse_args([*argv.split(), "--out", str(out), *options]))
+    return nofrost.main(nofrost.parse_args([*argv.split(), *EVERY, "--out", str(out), *options]))
 
 
 TRAINERS = {
@@ -430,7 +442,7 @@ def test_two_checkpoints_while_it_trains_one_when_it_ended(tmp_path, monkeypatch
 
 
 def test_minutes_and_epochs(tmp_path, monkeypatch):
-    """Every epoch by default; with --save-every 3 and no minutes only the end is written."""
+    """Every epoch; with --save-every 3 and no minutes only the end is written."""
     saved = []
     monkeypatch.setattr(run.RunDir, "save", lambda self, name, c: saved.append(c["step"]))
     train_ct(tmp_path / "a")
@@ -454,10 +466,11 @@ def test_slow_checkpoints_are_fewer(tmp_path, monkeypatch):
     monkeypatch.setattr(run.RunDir, "save", save)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     at_step(monkeypatch, 13, lambda: now.__setitem__(0, now[0] + 51))
-    train_ct(tmp_path / "a", "--epochs", "6")  # 3 steps each
+    argv = [*TINY, "--lam", "0", "--epochs", "6", "--out", str(tmp_path / "a")]
+    ct.main(ct.parse_args(argv))  # 3 steps an epoch
     assert saved == [3, 15, 18]
     saved.clear()
-    train_ct(tmp_path / "b", "--epochs", "3", "--save-every", "1")
+    train_ct(tmp_path / "b")
     assert saved == [3, 6, 9]
 
 
