@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torchvision import transforms, tv_tensors
+from torchvision.transforms import v2
 
 from common import corruptions, run
 from common.corruptions import Corrupt, corrupt
@@ -151,6 +152,18 @@ def test_a_transform_in_torchvisions_pipelines(x):
     torch.manual_seed(3)
     assert torch.equal(pipeline(image), first)
     assert "names=['gaussian_noise'], severities=[3]" in repr(pipeline)
+
+
+def test_a_transform_in_torchvisions_second_version(x):
+    """An image of torchvision.transforms.v2 stays one for the next step."""
+    pipeline = v2.Compose([v2.ToImage(), Corrupt("fog", 3), v2.ToDtype(torch.float32, scale=True)])
+    for image in (Image.fromarray(x[0].permute(1, 2, 0).numpy()), tv_tensors.Image(x[0])):
+        found = pipeline(image)
+        assert type(found) is tv_tensors.Image and found.dtype == torch.float32
+        assert found.shape == (3, 32, 32) and found.max() <= 1
+    batch = Corrupt("brightness", 3)(tv_tensors.Image(x))
+    assert type(batch) is tv_tensors.Image
+    assert torch.equal(batch.as_subclass(torch.Tensor), corrupt(x, "brightness", 3))
 
 
 class Same(Dataset):

@@ -19,8 +19,9 @@ class Corrupt:
 
     Takes an RGB image of Pillow, or a tensor or array as `corrupt` does; a batch is one image
     after the other. Returns the same type. All draws come from torch's generator. A DataLoader
-    seeds it for each worker and epoch, and torch.manual_seed makes it repeat. Raises
-    run.InputError, a ValueError, for names, severities or images that do not exist.
+    seeds it for each worker and epoch, and torch.manual_seed makes it repeat. Without its
+    textures frost is procedural. Raises run.InputError, a ValueError, for names, severities or
+    images that do not exist.
 
     >>> transform = Corrupt(["fog", "contrast"], severities=(1, 2))
     >>> transform
@@ -54,10 +55,14 @@ class Corrupt:
             return Image.fromarray(self(np.array(image)))
         if getattr(image, "ndim", 0) == 4 and len(image) > 0:
             together = torch.stack if isinstance(image, torch.Tensor) else np.stack
-            return together([self(one) for one in image])
-        name = self.names[_drawn(len(self.names))]
-        severity = self.severities[_drawn(len(self.severities))]
-        return corrupt(image, name, severity, **self.options)
+            found = together([self(one) for one in image])
+        else:
+            name = self.names[_drawn(len(self.names))]
+            severity = self.severities[_drawn(len(self.severities))]
+            found = corrupt(image, name, severity, **self.options)
+        if type(image).__module__.startswith("torchvision."):  # tv_tensors.Image of its v2
+            found = found.as_subclass(type(image))
+        return found
 
     def __repr__(self):
         return f"Corrupt(names={self.names}, severities={self.severities})"
