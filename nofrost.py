@@ -5,11 +5,11 @@ Paper: Wang et al., "Removing Batch Normalization Boosts Adversarial Training", 
 one set, and adversarial training pays for that in clean accuracy. NoFrost takes the normalisers
 out of the network (--norm nf: an NF-ResNet) and trains on
 
-    L = (1 - lam) CE(f(x), y) + lam CE(f(x_adv), y),
+    L = (1 - lam) CE(f(x), y) + lam CE(f(x_adv), y)
 
-x_adv by PGD on the cross-entropy with the network in eval mode, CE with label smoothing. NoFrost*
-(--streams clean,deepaug,tda,adv) adds streams of augmented images and takes the mean of the
-streams' losses.
+PGD on the cross-entropy gives x_adv, with the network in eval mode. CE has label smoothing. --norm
+dual-bn is the older remedy, a BatchNorm for clean and another one for attacked images. NoFrost*
+(--streams clean,deepaug,tda,adv) adds streams of augmented images. Its loss is the mean of theirs.
 
 From the authors' code: the loss, lam 0.5, smoothing 0.1, eps 8/255, 10 steps of min(1.25 eps,
 eps + 4)/10. So is the recipe of --dataset imagenet: 90 epochs, batch 256, rate 0.1 per 256 images,
@@ -137,8 +137,8 @@ def check_options(args):
 def perturb(model, x, y, args, precision, step, graphs=None):
     """(x_adv, {"zero_grad": share}): PGD on x (N,3,H,W) from a start that the step decides.
 
-    graphs: an attacks.Graphs, for --capture. TRADES (Zhang et al. 2019) instead climbs
-    KL(f(x) || f(x_adv)) from x + 0.001 N(0,1).
+    The share is that of images without a gradient. graphs: an attacks.Graphs, for --capture. TRADES
+    (Zhang et al. 2019) instead climbs KL(f(x) || f(x_adv)) from x + 0.001 N(0,1).
     """
     rng = run.generator(args.seed, "attack", step, device=x.device)
     shape = (len(x) * run.world(), *x.shape[1:])  # drawn for the global batch
@@ -160,8 +160,9 @@ def perturb(model, x, y, args, precision, step, graphs=None):
 
 
 def forward(model, images, norm, args, precision):
-    """Logits {stream: (N,K)} of images {stream: (N,3,H,W)}. With BatchNorm each stream goes
-    through by itself, for the statistics are those of a batch; else all together."""
+    """Logits {stream: (N,K)} of images {stream: (N,3,H,W)}.
+
+    With BatchNorm each stream is a batch, for its statistics are the batch's; else all are one."""
     with precision.autocast():
         if norm not in SEPARATE:
             logits = model(torch.cat(list(images.values())), dropout=args.dropout)
@@ -195,11 +196,8 @@ def build(norm, args, dataset, device):
     """A network of this run; its weights depend on the seed and the options alone."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
     model = models.build(args.arch, norm, **dataset.model_kwargs)
-    for block in model.modules():  # as the authors' networks with BatchNorm: branches start at zero
-        if args.dataset in data.PHOTOGRAPHS and isinstance(block, models.Bottleneck):
-            for name, gain in block.bn3.named_parameters():
-                if norm in SEPARATE and name.endswith("weight"):
-                    torch.nn.init.zeros_(gain)
+    if args.dataset in data.PHOTOGRAPHS and norm in SEPARATE:
+        models.zero_branches(model)  # as the authors' networks with BatchNorm
     models.set_drop_path(model, args.drop_path)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -226,8 +224,9 @@ def make_task(dataset, args):
 
 
 def lr_at(step, total, peak, warmup, hold=1):
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`, which moves every
-    `hold` steps."""
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`.
+
+    After the warm-up the rate moves every `hold` steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
     step = max(step // hold * hold, warmup)
@@ -235,7 +234,7 @@ def lr_at(step, total, peak, warmup, hold=1):
 
 
 def curves(logits, terms, y):
-    """{tag: 0-d tensor} of logits and losses {stream: ...} and the clean images' labels (N,)."""
+    """{tag: 0-d tensor} for TensorBoard, of logits and losses {stream: ...} and labels y (N,)."""
     shown = {f"loss_{name}": value for name, value in terms.items()}
     shown["accuracy"] = run.accuracy(logits["clean"], y)
     if "adv" in logits:
@@ -246,7 +245,7 @@ def curves(logits, terms, y):
 def train(stage, model, args, task, rundir, precision):
     """Train `model` in place on the objective. Returns its last metrics. stage: its normaliser."""
     per_epoch = task.batches.per_epoch
-    peak = args.lr * (args.batch_size / 256 if args.dataset in data.PHOTOGRAPHS else 1)
+    peak = args.lr * (args.batch_size / 256 if args.dataset in data.PHOTOGRAPHS else 1)  # per 256
     optimizer = torch.optim.SGD(
         model.parameters(), peak, args.momentum,
         weight_decay=args.weight_decay, nesterov=args.momentum > 0,
@@ -257,7 +256,7 @@ def train(stage, model, args, task, rundir, precision):
     hold = per_epoch if args.schedule == "epoch" else 1
     graphs = attacks.Graphs() if args.capture else None
     judge = (["pgd-10"], args.eps, args.attack_norm, precision)
-    chance = 100 - 100 / model.spec["num_classes"]
+    chance = 100 - 100 / model.spec["num_classes"]  # the error of guessing
     for step in loop:
         x, y = task.batches(step)
 

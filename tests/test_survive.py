@@ -171,8 +171,7 @@ KILLER = """
         return os.WIFEXITED(status)
 
     def weights(out):
-        files = [file for file in out.glob("*.pt") if not file.stem.endswith(".1")]
-        return {f.name: torch.load(f, weights_only=True)["model"] for f in files}
+        return {f.name: torch.load(f, weights_only=True)["model"] for f in out.glob("*.pt")}
 
     began = time.monotonic()
     run(folder / "whole")

@@ -35,6 +35,7 @@ from common.models.init import (
     init_without_norm,
     mean_squares,
     scale_branches,
+    zero_branches,
 )
 from common.models.layers import (
     Layers,
@@ -205,4 +206,5 @@ __all__ = [
     "use_statistics",
     "wide_size",
     "with_gamma",
+    "zero_branches",
 ]  # fmt: skip

@@ -86,6 +86,15 @@ def init_fixup(model):
     nn.init.zeros_(model.fc.weight)
 
 
+def zero_branches(model):
+    """Let every bottleneck branch start at zero: the gain of its last normaliser is 0."""
+    for block in model.modules():
+        if hasattr(block, "bn3"):
+            for name, gain in block.bn3.named_parameters():
+                if name.endswith("weight"):
+                    nn.init.zeros_(gain)
+
+
 def fixup_groups(model, scalar_lr):
     """Parameter groups of the optimizer: Fixup's scalars learn at scalar_lr times the rate.
 
