@@ -456,22 +456,23 @@ def fill_arrays(args, images, columns, device, precision):
                     column.entry[key].setdefault(name, []).append(values[key])
         errors = [column.entry["error"][name] for column in columns]
         table.row(name, [sum(e) / len(e) for e in errors], errors[0])
+    calibration = {"ECE clean": [column.entry["clean"]["ece"] for column in columns]}
     for title, key, names in (
         ("mean", "mean_corruption", corruptions.NAMES), ("extra", "extra", corruptions.EXTRA),
     ):  # fmt: skip
         names = [name for name in names if name in args.corruptions]
         if not names:
             continue
+        of = f"({len(names)} x {len(args.severities)})"
         for kind in ("error", "ece"):
             for column in columns:
                 values = [v for name in names for v in column.entry[kind][name]]
                 column.entry[f"{key}_{kind}"] = sum(values) / len(values)
-        title = f"{title} ({len(names)} x {len(args.severities)})"
-        table.row(title, [column.entry[f"{key}_error"] for column in columns])
-    table.row("ECE clean", [column.entry["clean"]["ece"] for column in columns])
-    if "mean_corruption_ece" in columns[0].entry:
-        values = [column.entry["mean_corruption_ece"] for column in columns]
-        table.row("ECE corrupted (15)", values)
+        table.row(f"{title} {of}", [column.entry[f"{key}_error"] for column in columns])
+        if key == "mean_corruption":
+            calibration[f"ECE {title} {of}"] = [c.entry[f"{key}_ece"] for c in columns]
+    for title, values in calibration.items():
+        table.row(title, values)
     return grid
 
 

@@ -69,6 +69,7 @@ def test_numbers_are_those_of_the_parts(folder, capsys):
     assert entry["extra_error"] == pytest.approx(sum(four) / 20)
     text = capsys.readouterr().out
     assert "generated (seed 0), frost: procedural" in text and "mean (15 x 5)" in text
+    assert "ECE mean (15 x 5)" in text
     assert "mCE" not in text and "nan" not in text
 
 
