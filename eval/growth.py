@@ -39,6 +39,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    target = run.try_file(args.json, "--json") if args.json else None
     dataset = data.from_args(args, "cpu")
     order = torch.randperm(len(dataset.train.y), generator=run.generator(args.seed, "growth"))
     x = run.to_float(dataset.train.take(order[: args.images]).x)
@@ -55,7 +56,7 @@ def main(args):
             rows.append([norm, arch, f"{sizes['embedding']:.3g}", f"{sizes['logits']:.3g}"])
     print(run.table(rows, ["norm", "network", "embedding", "logits"]))
     print(f"mean squares at the start, {len(x)} images of {args.dataset}, seed {args.seed}")
-    if args.json:
+    if target:
         networks = []
         for (norm, arch), sizes in found.items():
             depth = int(re.search(r"\d+", arch)[0])
@@ -66,7 +67,7 @@ def main(args):
             "arch": title, "dataset": args.dataset, "images": len(x), "seed": args.seed,
             "init": args.init, "networks": networks, "versions": run.versions(),
         }  # fmt: skip
-        run.write_json(args.json, content)
+        run.write_json(target, content)
     return found
 
 

@@ -41,6 +41,7 @@ def add_arguments(part):
 
 def time_scaling(args, device):
     """{axis: [{value, images_per_s, plain}, ...]} of every axis."""
+    target = run.try_file(args.svg, "--svg") if args.svg else None
     args.matmul = None
     base = {"width": args.width, "depth": args.depth, "batch": args.batch_size}
     found = {}
@@ -59,8 +60,8 @@ def time_scaling(args, device):
         rate = by_torchrun(value, base, args)
         found["processes"].append({"value": value, "images_per_s": rate})
         show("processes", found["processes"][-1])
-    if args.svg:
-        draw(args.svg, found, base)
+    if target:
+        draw(target, found, base)
     return {"base": base, "precision": run.Precision(args.precision, device).name, "axes": found}
 
 

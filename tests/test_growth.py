@@ -23,6 +23,13 @@ def test_without_batchnorm_it_explodes_with_fixup_it_stays():
     assert own["none", "wrn28-1"]["embedding"] < 3 * own["none", "wrn10-1"]["embedding"]
 
 
+def test_numbers_that_cannot_be_written_are_known_at_the_beginning(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(growth.data, "from_args", lambda *_: pytest.fail("worked first"))
+    with pytest.raises(UserError, match="--json elsewhere"):
+        growth.main(growth.parse_args(["--json", str(tmp_path / "file" / "a.json")]))
+
+
 def test_bad_options():
     with pytest.raises(UserError, match="a Wide ResNet has depth"):
         growth.main(growth.parse_args("--dataset shapes --depths 11".split()))

@@ -332,6 +332,28 @@ def test_camelyon17_official_splits(camelyon, capsys):
     assert "10 patches; the whole set has 455954" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "text"),
+    [
+        (5, 255, "tumor is '255', expected 0 to 1"), (5, -1, "tumor is '-1'"), (5, "", "tumor is"),
+        (7, 5, "center is '5', expected 0 to 4"), (8, "x", "split is 'x', expected 0 to 3"),
+        (None, None, "is there twice"),
+    ],
+)  # fmt: skip
+def test_camelyon17_table_that_is_damaged(camelyon, column, value, text):
+    """Sentinels, what is no number, and a patch that would count twice."""
+    path = camelyon / "camelyon17_v1.0" / "metadata.csv"
+    rows = list(csv.reader(path.read_text().splitlines()))
+    if column is None:
+        rows.append(rows[3])
+    else:
+        rows[3][column] = value
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(UserError, match=text):
+        load("camelyon17", camelyon)
+
+
 def test_camelyon17_held_out_parts_are_mixed(camelyon, monkeypatch):
     plain = load("camelyon17", camelyon, image_size=None)
     monkeypatch.setattr(data.sets, "shuffled", lambda n: torch.arange(n).flip(0))

@@ -354,6 +354,18 @@ def read_domain_tree(name, data_dir, size, options):
     return files, torch.from_numpy(domain), names, classes
 
 
+def number_below(row, column, limit):
+    """The number in a column of a row of metadata.csv. Raises UserError unless it is from 0 on and
+    below the limit."""
+    text = row[column] or ""
+    if not (text.isascii() and text.isdigit() and int(text) < limit):
+        raise UserError(
+            f"metadata.csv: {column} is {text[:20]!r}, expected 0 to {limit - 1}; take an intact "
+            "copy"
+        )
+    return int(text)
+
+
 def read_camelyon17(data_dir, size, options):
     """(Files, domain, names, classes, split) of the WILDS layout: metadata.csv and patches/.
 
@@ -362,8 +374,8 @@ def read_camelyon17(data_dir, size, options):
     root = find("camelyon17", data_dir, SETS["camelyon17"].folders, ["metadata.csv"])
     listing = listed(root / "patches", title="camelyon17 patches")
     place = {listing.name(row): row for row in range(len(listing))}
-    rows, table, absent = [], [], []
-    with open(root / "metadata.csv", newline="") as file:
+    rows, table, absent, seen = [], [], [], set()
+    with open(root / "metadata.csv", newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         wanted = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
         lacking = [c for c in wanted if c not in (reader.fieldnames or ())]
@@ -375,8 +387,12 @@ def read_camelyon17(data_dir, size, options):
             if row is None:
                 absent.append(key)
                 continue
+            if row in seen:
+                raise UserError(f"{root}/metadata.csv: {key} is there twice; take an intact copy")
+            seen.add(row)
             rows.append(row)
-            table.append((int(r["tumor"]), int(r["center"]), int(r["split"])))
+            limits = {"tumor": 2, "center": 5, "split": 4}
+            table.append([number_below(r, column, limit) for column, limit in limits.items()])
     if not rows:
         raise UserError(f"{root}/patches: none of the patches of metadata.csv, as {absent[0]}")
     if absent:
