@@ -451,14 +451,14 @@ PROBES = {
     "effective beta, median": ("run", "beta/{stage}"),
 }
 PROBED_ROWS = (
-    Row("none, rate 0.1", "probed", "none-lr0.1",
+    Row("none, rate 0.1", "probed", "none-lr0.1", "none-lr0.1.pt",
         paper={"test %": 80, "effective beta, median": "5 to 45"}),
-    Row("BatchNorm, rate 0.1", "probed", "bn-lr0.1",
+    Row("BatchNorm, rate 0.1", "probed", "bn-lr0.1", "bn-lr0.1.pt",
         paper={"test %": 83, "effective beta, median": "16 to 20"}),
-    Row("noisy BatchNorm, rate 0.1", "probed", "noisy-bn-lr0.1"),
-    Row("none, rate 0.5", "probed", "none-lr0.5", paper={"train %": 10}),
-    Row("BatchNorm, rate 0.5", "probed", "bn-lr0.5", paper={"train %": "97 to 99"}),
-    Row("noisy BatchNorm, rate 0.5", "probed", "noisy-bn-lr0.5"),
+    Row("noisy BatchNorm, rate 0.1", "probed", "noisy-bn-lr0.1", "noisy-bn-lr0.1.pt"),
+    Row("none, rate 0.5", "probed", "none-lr0.5", "none-lr0.5.pt", paper={"train %": 10}),
+    Row("BatchNorm, rate 0.5", "probed", "bn-lr0.5", "bn-lr0.5.pt", paper={"train %": "97 to 99"}),
+    Row("noisy BatchNorm, rate 0.5", "probed", "noisy-bn-lr0.5", "noisy-bn-lr0.5.pt"),
 )  # fmt: skip
 
 
@@ -492,7 +492,7 @@ LINEAR = Table(
                 "effective beta, median": ("run", "beta/{stage}"),
             },
             tuple(
-                Row(title, "linear", f"{norm}-lr1e-06", paper={"loss": loss})
+                Row(title, "linear", f"{norm}-lr1e-06", f"{norm}-lr1e-06.pt", {"loss": loss})
                 for title, norm, loss in (
                     ("none", "none", 1700), ("BatchNorm", "bn", 480), ("l1", "l1", 100),
                     ("l2", "l2", 480), ("linf", "linf", 1000),
