@@ -14,8 +14,8 @@ same seed and data order. The VGG and the linear network start from the same wei
     activations      one unit of each of --slots: histogram, quantiles, mean and variance, and how
                      far these move in one step (from this step and batch to the next)
 
-All of it runs through torch.func.functional_call on copies, so the trajectory is the one without
-measuring, bit for bit. Figures go to <run>/figures as SVG, bands to TensorBoard's CUSTOM SCALARS.
+Measurements run on copies, through torch.func.functional_call. They do not change the training by
+a bit. Figures go to <run>/figures as SVG, bands to TensorBoard's CUSTOM SCALARS.
 
 The paper leaves open or contradicts itself on, and here:
   1. VGG         vgg16: 13 convolutions, the normaliser before each ReLU, one linear layer

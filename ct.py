@@ -59,7 +59,7 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS).add_argument
     add("--norm", default="bn", choices=NORMS, help="the student's normaliser")
-    add("--policy", default="none", choices=data.POLICIES, help="more than crop and flip")
+    add("--policy", default="none", choices=data.POLICIES, help="on top of crop and flip")
     weights = "start from torchvision's ImageNet weights in its cache, or in FILE (default: no)"
     add("--pretrained", nargs="?", const="torchvision", metavar="FILE", help=weights)
     add = parser.add_argument_group("method").add_argument
@@ -67,11 +67,11 @@ def parse_args(argv=None):
     add("--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct")
     match = "what L_ct compares (default: features, for kl logits)"
     add("--match", choices=["features", "logits"], help=match)
-    add("--temperature", type=positive(float), default=4.0, help="of --distance kl")
+    add("--temperature", type=positive(float), default=4.0, help="softmax temperature of kl")
     starts = ["fresh", "teacher"]
     add("--student-init", default="fresh", choices=starts, help="fresh, or with its convolutions")
-    add("--teacher", metavar="CKPT", help="use this teacher (default: train one in this run)")
-    add("--teacher-epochs", type=positive(int), help="its length (default: --epochs, shapes twice)")
+    add("--teacher", metavar="CKPT", help="trained teacher (default: train one in this run)")
+    add("--teacher-epochs", type=positive(int), help="default: --epochs, on shapes twice as many")
     add("--teacher-lr", type=positive(float), default=0.2, help="its peak learning rate")
     add("--teacher-clip", type=nonnegative(float), default=1.0, help="its largest gradient norm")
     add("--baseline", action=run.Flag, default=True, help="train the network without CT too")

@@ -59,10 +59,10 @@ def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0).add_argument
-    add("--scalar-lr", type=positive(float), default=0.1, help="rate of Fixup's scalars / --lr")
+    add("--scalar-lr", type=positive(float), default=0.1, help="share of --lr for its scalars")
     schedules = ["cosine", "steps"]
     add("--schedule", default="cosine", choices=schedules, help="steps: x0.1 at 1/2 and 3/4")
-    add("--mixup", type=nonnegative(float), default=0.0, help="its alpha; 0 is none")
+    add("--mixup", type=nonnegative(float), default=0.0, help="alpha of mixup; 0 is none")
     add = parser.add_argument_group("method").add_argument
     add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")
     add("--norm", choices=models.NORMS, help="one network: short for --variants NAME")
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--init", choices=["he", "glorot", "fixup"], help=start)
     kinds = ["embedding", "logits", "none"]
     add("--penalty", default="none", choices=kinds, help="what +penalty keeps small: embedding")
-    add("--penalty-weight", type=nonnegative(float), default=0.001, help="its factor in the loss")
+    add("--penalty-weight", type=nonnegative(float), default=0.001, help="factor in the loss")
     add("--penalty-reduction", default="sum", choices=["mean", "sum"], help="over dimensions")
     add("--dropout", type=run.fraction, default=0.0, help="rate of +dropout; 0 means 0.3 there")
     add("--aux-batch", type=positive(int), default=1024, help="images of bn-aux's statistics")

@@ -75,15 +75,15 @@ def parse_args(argv=None):
     add("--lam", type=float, default=0.5, help="weight of the attacked images, 0 to 1")
     add("--loss", default="mixture", choices=["mixture", "trades"], help="the objective")
     add("--beta", type=nonnegative(float), default=6.0, help="weight of the divergence in trades")
-    add("--label-smoothing", type=run.fraction, help="share (default: 0.1, for trades 0)")
+    add("--label-smoothing", type=run.fraction, help="its share (default: 0.1, for trades 0)")
     add("--streams", type=run.listed(str), default=["clean", "adv"], help="also deepaug, tda")
     add("--deepaug-dir", metavar="DIR", help="class folders of DeepAugment images, for deepaug")
     add = parser.add_argument_group("attack").add_argument
-    add("--eps", type=positive(float), help="radius, of 255")
-    add("--alpha", type=positive(float), help="step, of 255 (default: min(1.25 eps, eps + 4) / n)")
+    add("--eps", type=positive(float), help="radius in units of 1/255")
+    add("--alpha", type=positive(float), help="step, as eps (default: min(1.25 eps, eps + 4) / n)")
     add("--attack-steps", type=positive(int), help="number n of steps; 1: FGSM, random start")
     add("--attack-norm", default="linf", choices=["linf", "l2"], help="norm of the radius")
-    add("--attack-mode", default="eval", choices=["eval", "train"], help="mode of the network")
+    add("--attack-mode", default="eval", choices=["eval", "train"], help="the network's")
     add("--capture", action=run.Flag, default=True, help="attack steps as CUDA graphs on a GPU")
     add = run.add_evaluation_arguments(parser, DEFAULTS, "--robust-images", "attacked").add_argument
     add("--probe-images", type=positive(int), default=200, help="held-out images under PGD-10")
@@ -121,7 +121,7 @@ def check_options(args):
             sorted(args.norms) != sorted(set(args.norms) & set(NORMS)),
         f"--lam {args.lam:g}: must be from 0 (clean only) to 1": not 0 <= args.lam <= 1,
         "--loss trades: has its own two terms, so no --streams": trades and not mixture,
-        "--lam: of clean and adv alone; trades has --beta, streams their mean":
+        "--lam: only with --streams clean,adv; trades has --beta, more streams their mean":
             args.lam != 0.5 and (trades or (args.lam and not mixture)),
         "--beta: goes with --loss trades": args.beta != 6 and not trades,
         "--norm dual-bn: half of it is idle without adversarial images; take bn":

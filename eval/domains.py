@@ -44,7 +44,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--batch-size", type=run.positive(int), default=250, help="images of a batch"
     )
-    parser.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
+    parser.add_argument(
+        "--workers", type=run.nonnegative(int), help="processes that decode; default: cores"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at a file that is no image")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument(

@@ -59,16 +59,21 @@ def add_arguments(parser):
     """Add the options of every data set, as the group "data"."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="shapes", choices=NAMES, help="data set")
-    group.add_argument("--data-dir", default="data", help="where the files are, or go")
+    group.add_argument(
+        "--data-dir", default="data", help="folder of the data sets; CIFAR is downloaded into it"
+    )
     group.add_argument(
         "--image-size", type=run.positive(int), metavar="S",
-        help="of trees and shapes; default: 224, camelyon17 96, tiny-imagenet 64, shapes 32",
+        help="pixels of a side, of photographs and shapes; default: 224, camelyon17 96, "
+        "tiny-imagenet 64, shapes 32",
     )  # fmt: skip
     group.add_argument(
         "--test-domain", metavar="NAME",
         help="test on this domain, train on the others; ct.py: all, one after the other",
     )  # fmt: skip
-    group.add_argument("--workers", type=run.nonnegative(int), help="that decode; default: cores")
+    group.add_argument(
+        "--workers", type=run.nonnegative(int), help="processes that decode; default: cores"
+    )
     group.add_argument("--strict", action="store_true", help="stop at a file that is no image")
     group.add_argument(
         "--val-size", type=run.nonnegative(int), default=0, metavar="N",
@@ -76,7 +81,7 @@ def add_arguments(parser):
     )  # fmt: skip
     group.add_argument(
         "--limit", type=run.nonnegative(int), default=0, metavar="N",
-        help="train on N images only, the same number of each class (0: all)",
+        help="train on N images only, the same number of each class; 0: all",
     )  # fmt: skip
     group.add_argument(
         "--augment", action=run.Flag, default=True, help="crop and flip the training images"

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import sys
 from pathlib import Path
 
@@ -146,7 +145,14 @@ MOVED = {  # options of earlier versions: what to do now
     "--keep": "the newest checkpoint and the one before it are kept",
     "--max-skips": "a run in fp16 stops when its scale has fallen too low",
 }
-METAVARS = {"int": "N", "float": "X", "list of float": "X,X,...", "list of str": "NAME,..."}
+METAVARS = {
+    "int": "N",
+    "float": "X",
+    "fraction": "X",
+    "places": "N,N,...",
+    "list of float": "X,X,...",
+    "list of str": "NAME,...",
+}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -230,14 +236,24 @@ class Parser(argparse.ArgumentParser):
 
 def shown(value):
     """A value as the command line has it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def by_data(table, key):
-    """ "default by data set: shapes 10, cifar10 100, ..." of a script's table of defaults."""
+    """ "default by data set: shapes 10, cifar10 100, else 90" of a script's table of defaults.
+
+    The row "folders" is for every data set that has none, see `defaults_for`."""
     values = {name: shown(row[key]) for name, row in table.items() if key in row}
-    usual = statistics.mode(values.values())
-    cells = [f"{name} {value}" for name, value in values.items() if value != usual]
+    usual = values["folders"]
+    groups = {}
+    for name, value in values.items():
+        if value != usual:
+            groups.setdefault(value, []).append(name)
+    cells = [f"{'/'.join(names)} {value}" for value, names in groups.items()]
+    if not cells:
+        return f"default: {usual}"
     return f"default by data set: {', '.join([*cells, f'else {usual}'])}"
 
 
@@ -290,7 +306,7 @@ def add_arguments(parser, defaults=None):
     )
     group.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-        help="of the forward and backward pass; auto: bf16 where the hardware has it",
+        help="number format of forward and backward pass; auto: bf16 where the hardware has it",
     )  # fmt: skip
     group.add_argument(
         "--compile", action=Flag, help="torch.compile the networks (default: on a GPU with Triton)"
@@ -323,12 +339,14 @@ def add_recipe_arguments(parser, defaults, clip=0.0):
     )
     group.add_argument("--batch-size", type=positive(int), default=128, help="images of a step")
     group.add_argument("--lr", type=positive(float), default=0.1, help="peak learning rate")
-    group.add_argument("--warmup", type=nonnegative(float), default=1.0, help="length in epochs")
     group.add_argument(
-        "--momentum", type=nonnegative(float), default=0.9, help="Nesterov's; 0 is plain SGD"
+        "--warmup", type=nonnegative(float), default=1.0, help="epochs of linear warm-up"
     )
     group.add_argument(
-        "--weight-decay", type=nonnegative(float), default=5e-4, help="on all parameters"
+        "--momentum", type=nonnegative(float), default=0.9, help="of SGD, Nesterov's; 0 is none"
+    )
+    group.add_argument(
+        "--weight-decay", type=nonnegative(float), default=5e-4, help="factor, on all parameters"
     )
     group.add_argument(
         "--clip", type=nonnegative(float), default=clip, help="largest gradient norm; 0 is none"
