@@ -177,7 +177,7 @@ def add_gpu(commands):
 
 
 def trainers(text):
-    chosen = text.split(",")
+    chosen = run.listed(str)(text)
     for name in chosen:
         if name not in speed_train.TRAINERS:
             known = ", ".join(map(repr, speed_train.TRAINERS))
@@ -186,7 +186,7 @@ def trainers(text):
 
 
 def sizes(text):
-    chosen = [int(v) if v.isdigit() else v for v in text.split(",")]
+    chosen = run.listed(lambda word: int(word) if word.isdigit() else word)(text)
     for size in chosen:
         if size not in corruptions.SIZES:
             raise argparse.ArgumentTypeError(f"{size} is not one of 32, 64, 224")

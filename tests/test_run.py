@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,57 @@ def test_a_file_system_that_refuses_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         run.cli(main, lambda: None)
     assert end.value.code == 2 and re.fullmatch("error: .*xx: .*\n", capsys.readouterr().err)
+
+
+def in_a_child(main, stdout=1, stderr=2):
+    """The exit status of `run.cli(main)` in a child with these files for its output."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        run.cli(main, lambda: argparse.Namespace())
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.parametrize("lost", ["stdout", "both", "full"])
+def test_work_outlives_its_readers(tmp_path, lost):
+    """`| head`, a closed terminal, a full device: what was to be written is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = os.open("/dev/full", os.O_WRONLY) if lost == "full" else writer
+
+    def main(args):
+        for _ in range(10_000):
+            print("a line of a table", flush=True)
+            print("a note", file=sys.stderr)
+        (tmp_path / "result").write_text("whole")
+
+    assert in_a_child(main, out, out if lost == "both" else os.open(os.devnull, os.O_WRONLY)) == 0
+    assert (tmp_path / "result").read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_an_evaluation_in_order(tmp_path, name):
+    """It leaves through the cleaning up, so no lock and no half-written file stays."""
+    number = getattr(signal, name)
+
+    def main(args):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            (tmp_path / "tidied").write_text("")
+
+    assert in_a_child(main) == 128 + number
+    assert (tmp_path / "tidied").exists()
 
 
 @pytest.mark.parametrize("kind", [run.positive, run.nonnegative])
