@@ -165,10 +165,12 @@ def evaluate(path, cache, args, precision, device):
 
 
 def settings(entry):
-    """What tells one row from another: the options and the stage, without seed and domain."""
+    """What tells one row from another: the options, the stage, and where an unfinished training
+    stands; without seed and domain."""
     options = {k: v for k, v in entry["options"].items() if k not in NOT_OPTIONS}
     keys = ("dataset", "trained_on", "method", "stage", "arch", "norm")
-    return options | {k: entry[k] for k in keys}
+    options |= {k: entry[k] for k in keys}
+    return options | ({"unfinished": entry["unfinished"]} if "unfinished" in entry else {})
 
 
 def tabulate(entries):

@@ -56,7 +56,7 @@ def settings(entry):
     if not options.get("lam"):  # without a teacher the rest of the method does nothing
         idle = ("distance", "match", "temperature", "student_init")
         options = {k: v for k, v in options.items() if k not in idle and "teacher" not in k}
-    keys = ("method", "stage", "arch", "norm", "gamma", "adapt", "adapt_source")
+    keys = ("method", "stage", "arch", "norm", "gamma", "adapt", "adapt_source", "unfinished")
     return options | {k: entry[k] for k in keys if entry.get(k) is not None}
 
 

@@ -15,6 +15,8 @@ OPTIONS = {
     "domains": [],
 }
 
+LEFT_OUT = {"test_domain": "filled"}
+
 
 def load_script(name):
     path = run.ROOT / "eval" / f"{name}.py"
@@ -34,7 +36,7 @@ def checkpoint(path, **facts):
     torch.manual_seed(0)
     model = models.build("resnet8", "bn", image_size=32)
     state = model.spec | {"dataset": "shapes", "model": model.state_dict(), "method": "ct"}
-    run.save_checkpoint(path, state | {"args": {"seed": 0, "test_domain": "filled"}} | facts)
+    run.save_checkpoint(path, state | {"args": {"seed": 0} | LEFT_OUT} | facts)
     return str(path)
 
 
@@ -51,6 +53,17 @@ def test_an_unfinished_training_is_said_first(name, tmp_path, capsys):
         assert entry.get("unfinished") == said
         assert (f"{step}" in first and first.endswith("training has not ended")) == bool(said)
         assert said is None or f": {said}, " in first
+
+
+def test_domains_averages_what_ended_alone(tmp_path, capsys):
+    """The table of eval/domains.py has a row for the seed whose training has not ended."""
+    script = load_script("domains")
+    paths = [checkpoint(tmp_path / "a.pt", step=400, total=400, args={"seed": 0} | LEFT_OUT)]
+    paths += [checkpoint(tmp_path / "b.pt", step=175, total=400, args={"seed": 1} | LEFT_OUT)]
+    out = ["--json", str(tmp_path / "out.json"), "--device", "cpu"]
+    table = script.main(script.parse_args([*paths, *out]))["table"]
+    assert [row[0] for row in table[1:]] == ["all", "unfinished step 175 of 400"]
+    assert [row[-1] for row in table[1:]] == [1, 1]
 
 
 def test_where_a_training_stands():

@@ -202,3 +202,13 @@ def test_adapted_statistics_are_a_row_of_their_own():
     kinds = [{}, {"adapt": 32, "adapt_source": 16}, {"adapt": 8, "adapt_source": 16}, {"gamma": 0}]
     found = tables.grouped([plain | kind for kind in kinds])
     assert [len(entries) for _, entries in found] == [1, 1, 1, 1]
+
+
+def test_an_unfinished_training_is_a_row_of_its_own():
+    """A seed that stands at step 175 of 400 is never averaged with those that ended."""
+    entries = [entry("bn", seed, 10.0) | {"weights": f"d{seed}"} for seed in range(3)]
+    entries[1]["unfinished"] = "step 175 of 400"
+    found = tables.grouped(entries)
+    assert [[e["weights"] for e in group] for _, group in found] == [["d0", "d2"], ["d1"]]
+    titles = run.row_titles([options for options, _ in found])
+    assert titles == ["all", "unfinished step 175 of 400"]
