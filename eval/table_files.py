@@ -27,6 +27,8 @@ TITLES = {  # of numbers in records of trainings
     "corrupted": "mean corruption error",
     "ece": "ECE",
     "pgd10_probe_error": "PGD-10 error",
+    "without": "grating removed",
+    "swapped": "grating swapped",
 }
 NOT_NUMBERS = ("seed", "epochs", "seconds", "wall_seconds", "cpu_seconds", "loss")
 STAGES = ("teacher", "baseline", "student")
@@ -72,8 +74,10 @@ def of_content(content, name):
         return [of_evaluation(content)]
     if "runs" in content:
         return [of_runs(content, name)]
-    if "rows" in content and isinstance(content["rows"], list):
-        return [of_headline(content, name) if "columns" in content else of_curves(content, name)]
+    rows = content.get("rows", content.get("networks"))
+    if isinstance(rows, list):
+        headline = "columns" in content
+        return [of_headline(content, name) if headline else of_rows(content, rows, name)]
     if "accuracy" in content and "average" in content:
         return [of_domain_averages(content, name)]
     pairs = list(pairs_in(content))
@@ -212,23 +216,21 @@ def of_headline(content, name):
         for seed, numbers in row["seeds"].items():
             entries.append({**numbers, "options": {"row": row["row"], "seed": int(seed)}})
     columns = {column: (column,) for column in content["columns"]}
-    what = f"{content['dataset']}, {content['scale']} scale: {content['size']}"
+    what = content.get("what") or f"{content['dataset']}, {content['scale']}: {content['size']}"
     return Result(name, {}, columns, what, entries)
 
 
-def of_curves(content, name):
-    """eval/shortcut.py: the end of each curve."""
-    keys = ("norm", "levels", "seed", "data", "arch")
+def of_rows(content, rows, name):
+    """Rows of numbers, one a network: eval/shortcut.py (the end of each curve) and growth.py."""
+    keys = ("norm", "network", "variant", "levels", "depth", "seed", "data", "arch")
     entries = []
-    for row in content["rows"]:
-        options = {key: row[key] for key in keys if key in row}
-        entries.append({**row["curve"][-1], "options": options})
-    columns = {
-        "clean": ("clean",),
-        "grating removed": ("without",),
-        "grating swapped": ("swapped",),
-    }
-    what = f"{content['arch']}, last epoch, accuracy in %"
+    for row in rows:
+        numbers = {k: v for k, v in (row | row.get("curve", [{}])[-1]).items() if k not in keys}
+        entries.append({**numbers, "options": {key: row[key] for key in keys if key in row}})
+    names = dict.fromkeys(key for entry in entries for key in entry if key not in NOT_NUMBERS)
+    shown = [n for n in names if any(isinstance(entry.get(n), float) for entry in entries)]
+    columns = {TITLES.get(n, n.replace("_", " ")): (n,) for n in shown}
+    what = content.get("what", f"{content.get('arch', name)}, last epoch, accuracy or error in %")
     return Result(name, {}, columns, what, entries)
 
 

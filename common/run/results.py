@@ -19,8 +19,20 @@ from common.run.checkpoint import versions
 from common.run.errors import UserError
 
 # Options that name a row best, in this order, and those whose value needs no name before it.
-TELLING = ("row", "variant", "stage", "method", "norm", "arch", "lam", "gamma", "adapt", "lr")
-SELF_EVIDENT = ("row", "variant", "stage", "arch")
+TELLING = (
+    "row",
+    "variant",
+    "network",
+    "stage",
+    "method",
+    "norm",
+    "arch",
+    "lam",
+    "gamma",
+    "adapt",
+    "lr",
+)
+SELF_EVIDENT = ("row", "variant", "network", "stage", "arch")
 
 
 class Results:
@@ -41,12 +53,15 @@ class Results:
     ):
         self.kind = kind
         self.settings = json.loads(json.dumps(settings))
+        self.moved = False  # to the working directory
         self.path = self._place(Path(first), path)
         self._lock = self._locked()
         self.folder = Path(tensorboard).expanduser() if tensorboard else self.path.parent / kind
         try:
             if pictures:
                 try_folder(self.folder, "--tensorboard")
+                if self.moved:
+                    print(f"the pictures go to {self.folder.resolve()}")
             if self.path.is_file() and not overwrite:
                 self._compare()
         except UserError:
@@ -64,6 +79,7 @@ class Results:
             here = Path(f"{first.parent.name}.{beside.name}".lstrip("."))
             try_folder(here.parent, "--json")
             print(f"cannot write beside {first}: the results go to {here.resolve()}")
+            self.moved = True
             return here
         return beside
 
