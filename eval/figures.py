@@ -50,14 +50,15 @@ def draw_growth(content, path):
 def draw_loss_bands(content, path):
     """The band of the loss along the gradient against the step, by norm.
 
-    content: rows of bn_ablation.py, {"runs": {name: [{"step", "loss_at"}, ...]}}."""
+    content: rows of bn_ablation.py, {"step_sizes", "runs": {name: [{"step", "loss_at"}, ...]}}."""
     curves = {}
     for name, rows in content["runs"].items():
         for row in rows:
             band = row["loss_at"]
             middle = sum(band) / len(band)
             curves.setdefault(name, []).append((row["step"], middle, min(band), max(band)))
-    title = "Loss within four steps along the gradient"
+    sizes = content["step_sizes"]
+    title = f"Loss after steps of {min(sizes):g} to {max(sizes):g} rates along the gradient"
     run.line_chart(
         path, title, curves, log=True, across="training step", up="loss (cross-entropy, nats)"
     )
