@@ -108,6 +108,7 @@ PUBLISHED = {  # a cell of each file that a table of the READMEs is made of
     "ct_cifar10_train": ("bn", "clean error", "11.79 +- 0.14"),
     "domains_pacs_sample": ("baseline", "sketch", "20.54"),
     "domains_shapes": ("student", "average", "10.03"),
+    "fast_attacks": ("ResNet-20 (akamaster)", "share of the time %", "14.40"),
     "fixup_penalty_cifar10": ("fixup+penalty", "ECE", "2.96 +- 0.25"),
     "headline_question_small": ("GroupNorm", "clean error %", None),
     "nofrost_cifar10": ("norm bn, lam 0.5", "worst of all", "20.17 +- 0.71"),
@@ -158,7 +159,7 @@ def test_every_file_of_the_readmes_tables_is_in_the_test_above():
     known = {path.stem for path in RESULTS.glob("*.json") if table_files.is_result(path)}
     others = {path.stem for path in RESULTS.glob("*.json")} - known
     assert set(PUBLISHED) <= known
-    allowed = r"speed_.*|.*_search|theory|trees_imagenette|corruption_engine_resnet20|fast_attacks"
+    allowed = r"speed_.*|.*_search|theory|trees_imagenette|corruption_engine_resnet20"
     allowed += "|growth|loss_bands"  # curves, for figures
     cited = (run.ROOT / "README.md").read_text() + (RESULTS / "README.md").read_text()
     others = [name for name in sorted(others) if f"`{name}.json`" in cited]
@@ -230,3 +231,19 @@ def test_an_unfinished_training_is_a_row_of_its_own():
     assert [[e["weights"] for e in group] for _, group in found] == [["d0", "d2"], ["d1"]]
     titles = run.row_titles([options for options, _ in found])
     assert titles == ["all", "unfinished step 175 of 400"]
+
+
+def test_fast_takes_a_quarter_of_the_time_and_leaves_no_image_more():
+    """On every network of the file, and the table of eval/results/README.md is that of the file."""
+    content = json.loads((RESULTS / "fast_attacks.json").read_text())
+    readme = (RESULTS / "README.md").read_text()
+    for row in content["rows"]:
+        numbers = row["seeds"]["0"]
+        standard, fast = row["standard"], row["fast"]
+        assert fast["left"] == standard["left"] == numbers["fast: images left"]
+        share = 100 * fast["cpu_seconds"] / standard["cpu_seconds"]
+        assert share < 25 and f"{share:.1f}" == f"{numbers['share of the time %']:.1f}"
+        cells = [numbers["radius, 1/255"], numbers["images"], standard["left"], fast["left"]]
+        cells = [f"{cell:g}" for cell in cells]
+        cells += [f"{part['cpu_seconds']:.1f}" for part in (standard, fast)]
+        assert f"| {row['row']} | {' | '.join(cells)} | {share:.1f} % |" in readme
