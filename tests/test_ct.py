@@ -15,7 +15,7 @@ from common import data, run
 from common.run import UserError
 
 FAST = "--arch resnet8 --epochs 2 --batch-size 32 --corrupted-images 10".split()
-FAST += "--precision fp32 --device cpu --dataset shapes".split()
+FAST += "--eval-every 1 --precision fp32 --device cpu --dataset shapes".split()
 
 
 @pytest.fixture(autouse=True)

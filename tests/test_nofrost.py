@@ -18,7 +18,7 @@ from common.run import UserError
 
 FAST = "--norm nf --image-size 32 --eps 8 --lr 0.1 --arch resnet8 --epochs 2".split()
 FAST += "--batch-size 32 --attack-steps 2 --probe-images 20".split()
-FAST += "--robust-images 20 --precision fp32 --device cpu".split()
+FAST += "--robust-images 20 --eval-every 1 --precision fp32 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
