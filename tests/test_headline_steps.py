@@ -1,4 +1,4 @@
-"""The `full` tables of eval/headline.py: every training makes a step on made-up data.
+"""Every training of the headline tables, of both scales, makes a step on made-up data.
 
 The networks, methods and options are those of the table. Images, batches and lengths are small.
 """
@@ -14,8 +14,9 @@ from common import data
 from common.data import trees
 from eval import headline, headline_tables
 
-FULL = {name: t.scales["full"] for name, t in headline_tables.TABLES.items() if "full" in t.scales}
-RUNS = [(table, name) for table, scale in FULL.items() for name in scale.runs]
+SCALES = {(name, size): s for name, t in headline_tables.TABLES.items()
+          for size, s in t.scales.items()}  # fmt: skip
+RUNS = [(table, size, name) for (table, size), scale in SCALES.items() for name in scale.runs]
 EVERY = "--device cpu --workers 0 --log-every 1 --batch-size 8"
 SMALL = {  # what the commands of a script get besides
     "ct.py": "--epochs 1 --teacher-epochs 1",
@@ -92,30 +93,41 @@ def weights(tmp_path_factory):
 def shortened(job, dataset, weights):
     """The arguments of a training, with its images and its length made small."""
     words = [*job.words[1:], *SMALL[job.words[0]].split(), *EVERY.split()]
+    words += ["--limit", "16" if dataset == "imagenet" else "0"]
+    if "--val-size" in words:
+        words += ["--val-size", "10"]
+    if dataset == "gaussian":
+        return words
     if "--pretrained" in words:
         words.insert(words.index("--pretrained") + 1, weights)
         words += ["--image-size", "96"]  # smaller images have another first layer
     elif data.SETS[dataset].files:
         words += ["--image-size", "32"]
-    if dataset == "imagenet":
-        words += ["--limit", "16"]
     return words
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("table", "name"), RUNS)
-def test_a_step_of_every_training(table, name, made_up, weights, tmp_path, monkeypatch):
-    """The table finds its numbers in what the training leaves."""
-    scale = FULL[table]
-    args = headline.parse_args(
-        [table, "--scale", "full", "--runs", str(tmp_path), "--data-dir", str(made_up)]
-    )
-    job = headline.training(args, scale, name, 0)
+def train(job, scale, weights, monkeypatch):
+    """Run a training, made short, in this process."""
     script = headline.script_of(job.words)
     if hasattr(script, "TUNED"):
         monkeypatch.setattr(script, "TUNED", {k: v[:1] for k, v in script.TUNED.items()})
     script.main(script.parse_args(shortened(job, scale.dataset, weights)))
     assert headline.finished(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("table", "size", "name"), RUNS)
+def test_a_step_of_every_training(table, size, name, made_up, weights, tmp_path, monkeypatch):
+    """The table finds its numbers in what the training leaves."""
+    scale = SCALES[table, size]
+    args = headline.parse_args(
+        [table, "--scale", size, "--runs", str(tmp_path), "--data-dir", str(made_up)]
+    )
+    job = headline.training(args, scale, name, 0)
+    for need in job.needs:
+        needed = headline.training(args, scale, need.removesuffix("-s0"), 0)
+        train(needed, scale, weights, monkeypatch)
+    train(job, scale, weights, monkeypatch)
     for row in scale.rows:
         if row.run == name:
             assert (job.product / row.file).is_file()
@@ -126,6 +138,6 @@ def test_a_step_of_every_training(table, name, made_up, weights, tmp_path, monke
                 assert found is not None, (row.title, column)
 
 
-def test_every_full_training_is_tried():
-    tried = {scale.dataset for scale in FULL.values()}
-    assert tried == {"cifar10", "cifar100", "camelyon17", *IMAGES}
+def test_every_data_set_of_the_tables_is_made_up():
+    tried = {scale.dataset for scale in SCALES.values()}
+    assert tried == {"cifar10", "cifar100", "camelyon17", "gaussian", *IMAGES}
