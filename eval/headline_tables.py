@@ -108,7 +108,7 @@ QUESTION = Table(
             "WRN-16-1, 20 epochs, last epoch; clean: 10,000 test images; corruptions and ECE: "
             "2,000; adapted: BatchNorm's statistics estimated on 200 of each corruption; attacks "
             "(APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01",
-            "cifar10", 3, 160, CORE,
+            "cifar10", 3, 300, CORE,
             QUESTION_RUNS, QUESTION_EVALUATIONS, QUESTION_COLUMNS,
             (
                 Row("BatchNorm", "bn", "student", paper={"LIGS (cosine)": 0.59}),
