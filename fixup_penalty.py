@@ -116,7 +116,7 @@ def options_of(name, args):
     own = run.changed(args, variant=name, norm=norm, init=init, penalty="none", dropout=0.0)
     for word in words:
         own = run.changed(own, **meant[word])
-    if own.penalty == "none":
+    if own.penalty == "none":  # an option at 0 is not tuned
         own.penalty_weight = 0.0
     wrong = {
         f"variant {name}: fixup is an initialisation; --init {own.init} is not":
@@ -248,7 +248,7 @@ def main(args):
 
     if args.tune:
         variants = {k: run.search(own, TUNED, fit_one, rundir) for k, own in variants.items()}
-        dataset = data.from_args(args, device, val_size=0)
+        dataset = data.from_args(args, device, val_size=0)  # fit_one trains on all images now
     stages = run.with_seeds(variants, args)
     rundir.plan(**dict.fromkeys(stages, args.epochs))
     networks, metrics = {}, {}
