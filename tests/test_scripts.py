@@ -3,6 +3,7 @@ blocks that stay the same."""
 
 import ast
 import difflib
+import importlib.metadata
 import re
 import sys
 
@@ -69,6 +70,22 @@ def test_imports(folder):
         if path.name.startswith(("headline", "speed", "tables", "figures")):
             others |= {"eval"}  # one program in several files
         assert found - allowed - others <= sys.stdlib_module_names, path.name
+
+
+def test_lowest_versions():
+    """requirements.txt names what is imported, from the lowest version on that was tested."""
+    lines = [line for line in text("requirements.txt").splitlines() if not line.startswith("#")]
+    bounds = dict(line.split(">=") for line in lines)
+    assert bounds.keys() == {"torch", "torchvision", "numpy", "tensorboard", "pytest"}
+    tested = dict(
+        re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ \|$", text("common/README.md"), re.M)
+    )
+    assert tested.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        lowest = [int(part) for part in bound.split(".")]
+        assert [int(part) for part in tested[name].split(".")][: len(lowest)] == lowest, name
+        here = re.findall(r"\d+", importlib.metadata.version(name))[: len(lowest)]
+        assert [int(part) for part in here] >= lowest, name
 
 
 FRAME = (
