@@ -123,6 +123,15 @@ def test_numbers_of_fixup_are_those_of_the_file():
         assert abs(float(cells[2]) - values["corrupted"]) < 0.051, variant
 
 
+def test_numbers_of_fixup_on_few_images_are_those_of_the_file():
+    content = json.loads((RESULTS / "fixup_penalty_4000.json").read_text())
+    for row in content["rows"]:
+        size = f"{row['final_layer']:.3g}"
+        cells = [f"{row['error']:.2f}", f"{row['corrupted']:.2f}", f"{row['train_accuracy']:.1f}"]
+        expected = f"| {' | '.join([row['network'], *cells, size])} |"
+        assert expected in text("eval/results/README.md")
+
+
 def test_numbers_of_the_ablation_are_those_of_the_file():
     runs = json.loads((RESULTS / "bn_ablation_vgg16-16_cifar10.json").read_text())["runs"]
     for label, norm in (("without", "none"), ("with", "bn")):

@@ -114,6 +114,7 @@ PUBLISHED = {  # a cell of each file that a table of the READMEs is made of
     "nofrost_cifar10": ("norm bn, lam 0.5", "worst of all", "20.17 +- 0.71"),
     "nofrost_cifar10_train": ("nf", "clean error", "41.81 +- 0.30"),
     "growth": ("norm none, wrn40-1", "embedding", None),
+    "fixup_penalty_4000": ("fixup+penalty", "final layer", "0.96"),
     "shapes_plain": ("teacher", "clean error", None),
     "shortcut_cifar10": ("norm bn, levels 1.0", "grating swapped", None),
     "shortcut_shapes": ("norm fixup", "clean", None),
