@@ -188,7 +188,7 @@ def test_agrees_with_a_loop_written_out(norm):
 @pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
 def test_more_steps_and_restarts_only_help(loss):
     """The loss climbs with the steps. Restarts never bring back an image that was broken."""
-    net, (x, _) = make_net(), make_images(20)
+    net, (x, _) = make_net(), make_images(10)
     with torch.no_grad():
         y = net(x).argmax(1)
     noise = unit_noise((4, *x.shape), generator=run.generator(0))

@@ -111,20 +111,32 @@ def distance(a, b):
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 
+class Trained(dict):
+    """{number of processes: folder with a run of every trainer}, trained when asked for."""
+
+    def __init__(self, factory):
+        super().__init__()
+        self.factory = factory
+
+    def __missing__(self, world):
+        self[world] = self.factory.mktemp(f"world{world}")
+        train_all(self[world], world)
+        return self[world]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """{number of processes: folder with a run of every trainer}."""
-    folders = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2, 4)}
-    for world, folder in folders.items():
-        train_all(folder, world)
-    return folders
+    return Trained(tmp_path_factory)
+
+
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 FILES = ["ct/teacher.pt", "ct/last.pt", "bn_ablation/none-lr0.1.pt", "nofrost/last.pt",
          "ct-fp64/last.pt", "fixup_penalty-fp64/last.pt"]  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("file", FILES)
 def test_weights_after_20_steps(trained, world, file):
     """Without BatchNorm, to 1e-5 of those of one process."""
@@ -132,7 +144,7 @@ def test_weights_after_20_steps(trained, world, file):
     assert distance(trained[1] / file, trained[world] / file) < 1e-5
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_one_process_writes(trained, world):
     """One event file and each line of the log once, with the numbers of one process."""
     for name in TRAINERS:
@@ -326,7 +338,7 @@ def test_a_killed_process_restarts_the_job_from_its_checkpoint(trained, tmp_path
     (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER).format(root=str(run.ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "--max-restarts=1", str(tmp_path / "worker.py"), *TRAINERS["ct"].split(),
-               *ALWAYS.split(), "--out", str(tmp_path / "r"),
+               *ALWAYS.split(), "--out", str(tmp_path / "r"), "--eval-every", "1",
                "--teacher", str(trained[1] / "ct" / "teacher.pt")]  # fmt: skip
     done = subprocess.run(command, text=True, capture_output=True, timeout=500,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip

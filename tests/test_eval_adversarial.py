@@ -481,9 +481,17 @@ def test_gamma_mixes_the_statistics_of_dual_bn(folder):
         evaluate(folder, "--gamma", "0.5", "--attacks", "fgsm")
 
 
-@pytest.mark.parametrize("text", ["1.5", "-0.1", "0.5,0.5", "nan"])
-def test_gamma_outside_its_range(folder, text):
-    with pytest.raises(UserError, match="different numbers from 0 to 1"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1.5", "from 0 to 1"),
+        ("-0.1", "from 0 to 1"),
+        ("nan", "from 0 to 1"),
+        ("0.5,0.5", "0.5 is there twice"),
+    ],
+)
+def test_gamma_outside_its_range(folder, text, reason):
+    with pytest.raises(UserError, match=reason):
         arguments(folder, f"--gamma={text}")
 
 

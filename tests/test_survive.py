@@ -371,9 +371,8 @@ def test_fp16_leaves_out_single_steps_and_stops_when_none_is_finite(tmp_path, mo
 
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
     out = str(tmp_path / "r")
-    argv = (
-        f"{' '.join(TINY)} --lam 0 --epochs 15 --precision fp16 --log-every 5 --out {out}".split()
-    )
+    argv = [*TINY, *"--lam 0 --epochs 15 --eval-every 15 --precision fp16".split()]
+    argv += ["--log-every", "5", "--out", out]
     if bad == 12:
         ct.main(ct.parse_args(argv))
         assert finite(tmp_path / "r" / "last.pt")
