@@ -11,14 +11,14 @@ p_S are the student's predictions, and f_S, f_T the features of student and teac
 classifier. The teacher T is the same network without BatchNorm. It is trained first, on the same
 data, and then frozen. At test time S is used alone. No image of the target domain is seen.
 
-From the paper and its figure: the frozen teacher, the features before the classifier, a fresh
-student, the same image for both. The paper does not specify these; our choices, each an option:
+From the paper and its figure: the frozen teacher, the features before the classifier, the same
+image for both. The paper does not specify these; our choices, nearly all of them options:
   1. L_ct             --distance, of pooled penultimate features or logits (--match): cosine
   2. lam              --lam, constant over training
   3. student's start  --student-init: fresh weights, or the teacher's convolutions
-  4. teacher          --teacher-*: its length, rate and clipping
-  5. everything else  the AugMix protocol: SGD, Nesterov momentum 0.9, weight decay 5e-4, batch
-                      128, cosine per step, flip and padded crop; --policy adds to these
+  4. teacher          --teacher-*: its length, peak rate 0.2, gradients clipped at norm 1
+  5. everything else  as in the AugMix paper: SGD at 0.1, Nesterov momentum 0.9, weight decay 5e-4,
+                      batch 128, warm-up and cosine, flip and crop; --policy augmix adds AugMix
 Choices 1 to 4 were made on a validation split and the four extra corruptions, never on the
 benchmark's 15: eval/results/ct_shapes_search.json and ct_cifar10_search.json.
 
@@ -63,17 +63,17 @@ def parse_args(argv=None):
     weights = "start from torchvision's ImageNet weights in its cache, or in FILE (default: no)"
     add("--pretrained", nargs="?", const="torchvision", metavar="FILE", help=weights)
     add = parser.add_argument_group("method").add_argument
-    add("--lam", type=nonnegative(float), help="weight of L_ct; 0 trains without a teacher")
+    add("--lam", type=nonnegative(float), help="weight of L_ct; 0 leaves it out")
     add("--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct")
     match = "what L_ct compares (default: features, for kl logits)"
     add("--match", choices=["features", "logits"], help=match)
     add("--temperature", type=positive(float), default=4.0, help="softmax temperature of kl")
     starts = ["fresh", "teacher"]
-    add("--student-init", default="fresh", choices=starts, help="fresh, or with its convolutions")
+    add("--student-init", default="fresh", choices=starts, help="fresh, or the teacher's weights")
     add("--teacher", metavar="CKPT", help="trained teacher (default: train one in this run)")
     add("--teacher-epochs", type=positive(int), help="default: --epochs, on shapes twice as many")
     add("--teacher-lr", type=positive(float), default=0.2, help="its peak learning rate")
-    add("--teacher-clip", type=nonnegative(float), default=1.0, help="its largest gradient norm")
+    add("--teacher-clip", type=nonnegative(float), default=1.0, help="norm to clip at; 0: off")
     add("--baseline", action=run.Flag, default=True, help="train the network without CT too")
     run.add_evaluation_arguments(parser, DEFAULTS)
     run.add_arguments(parser, DEFAULTS)
@@ -95,7 +95,7 @@ def distance(kind, student, teacher, temperature):
     """L_ct, a scalar, for features or logits (N,D) of student and teacher.
 
     mse       mean over samples and dimensions of the squared difference
-    relative  the same, divided by the mean square of the teacher's: free of its scale
+    relative  the same, divided by the mean square of the teacher's: unchanged by a common scale
     cosine    mean over samples of 1 - cos(student, teacher)
     kl        T^2 KL(softmax(teacher/T) || softmax(student/T)), mean over samples (Hinton 2015)
     """
@@ -112,7 +112,7 @@ def distance(kind, student, teacher, temperature):
 
 
 def build(norm, args, dataset, device):
-    """A network for this run; its weights depend on the seed and the normaliser alone."""
+    """A network for this run. Its first weights depend on the options and the seed alone."""
     torch.manual_seed(run.seed_key(args.seed, "init"))
     model = models.build(args.arch, norm, **dataset.model_kwargs)
     if args.pretrained:
@@ -124,11 +124,11 @@ def build(norm, args, dataset, device):
 
 
 class Task(NamedTuple):
-    """What a network is trained and held out on."""
+    """The training batches and the two sets of the evaluations."""
 
     batches: data.Batches
-    held_out: data.Images
-    probe: data.Images  # the first 500 held-out images under the four extra corruptions
+    held_out: data.Images  # of the validation split, where there is one, else of the test set
+    probe: data.Images  # the first 500 of them under the four extra corruptions, severity 3
 
 
 def make_task(dataset, args):
@@ -148,7 +148,7 @@ def lr_at(step, total, peak, warmup):
 
 
 def train(stage, model, args, task, rundir, precision, teacher=None):
-    """Train `model` in place on L_cls + lam L_ct. Returns its last metrics."""
+    """Train `model` in place on L_cls + lam L_ct, with augmix + 12 JSD; L_ct sees the views too."""
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum,
         weight_decay=args.weight_decay, nesterov=args.momentum > 0,
@@ -162,7 +162,7 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
 
         with precision.autocast():
             logits, f_s = loop.net(x, with_features=True)
-        loss_cls = F.cross_entropy(logits[: len(y)], y)  # with augmix two views of x follow it
+        loss_cls = F.cross_entropy(logits[: len(y)], y)  # augmix: x holds images, then their views
         loss_ct = torch.zeros_like(loss_cls)
         if teacher is not None:
             with torch.no_grad(), precision.autocast():
@@ -249,7 +249,7 @@ def report(networks, dataset, args, rundir, precision):
     print(f"{tested}, {args.arch}, {chosen}, seed {args.seed}")
     if args.corrupted_images:
         print(corruptions.describe(dataset, args))
-    paper = "without BatchNorm less clean and more corrupted accuracy; CT keeps both."
+    paper = "without BatchNorm less clean and more corrupted accuracy; CT has both."
     following = {
         "tensorboard --logdir runs": "the curves of this run",
         run.command("eval/corruptions.py", rundir.dir / "last.pt"): "each corruption",
@@ -259,14 +259,14 @@ def report(networks, dataset, args, rundir, precision):
     return final
 
 
-def verdict(columns, chance):
-    """A sentence made of the table: who reads the shortcut, or withstands, or is below `chance`."""
+def verdict(columns, barely):
+    """A sentence made of the table: who reads the shortcut or withstands; below `barely`, nobody."""
     clean, swapped = columns["clean"], columns.get(SHOWN["swapped"])
     if swapped:
         words = []
         for name, value in swapped.items():
             verb = "reads the shortcut" if value < clean[name] / 2 else "looks at the picture"
-            verb = "has not learnt" if clean[name] < chance else verb
+            verb = "has not learnt" if clean[name] < barely else verb
             words.append(f"{name} {verb} ({clean[name]:.1f} % with it, {value:.1f} % swapped)")
         return "; ".join(words) + "."
     shown = {k: columns[k] for k in ("clean", "corrupted") if k in columns}
