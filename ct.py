@@ -260,7 +260,7 @@ def report(networks, dataset, args, rundir, precision):
 
 
 def verdict(columns, barely):
-    """A sentence made of the table: who reads the shortcut or withstands; below `barely`, nobody."""
+    """A sentence made of the table: who reads the shortcut; below `barely` % nothing is learnt."""
     clean, swapped = columns["clean"], columns.get(SHOWN["swapped"])
     if swapped:
         words = []
