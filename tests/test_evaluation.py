@@ -1,6 +1,6 @@
 """common/models/evaluation.py: what the evaluations say of a checkpoint, whichever script it is."""
 
-import importlib.util
+import importlib
 import json
 
 import pytest
@@ -19,11 +19,7 @@ LEFT_OUT = {"test_domain": "filled"}
 
 
 def load_script(name):
-    path = run.ROOT / "eval" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"eval_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"eval.{name}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """eval/export.py: the official layout, there and back, interrupted, and refused."""
 
-import importlib.util
+import importlib
 import json
 import shutil
 
@@ -12,11 +12,7 @@ from common import corruptions, data, models, run
 
 
 def load_script(name):
-    path = run.ROOT / "eval" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"eval_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"eval.{name}")
 
 
 script = load_script("export")

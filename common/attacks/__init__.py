@@ -15,7 +15,8 @@ from common.attacks.autoattack import (
     victim,
 )
 from common.attacks.fab import fab
-from common.attacks.fastnet import Graphs, folded, frozen, logits_of, prepared, unwrap
+from common.attacks.fastnet import Graphs, folded, logits_of, prepared
+from common.attacks.network import frozen, unwrap
 from common.attacks.pgd import (
     LOSSES,
     ce_loss,

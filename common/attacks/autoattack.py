@@ -21,7 +21,7 @@ import re
 import torch
 
 from common import run
-from common.attacks import fastnet
+from common.attacks import fastnet, network
 from common.attacks.apgd import apgd, mim
 from common.attacks.fab import fab
 from common.attacks.pgd import (
@@ -161,7 +161,7 @@ def victim(model, x, precision=None, eot=1):
     """The network of `model`, prepared for images like x, as a Victim; afterwards it is as it
     was. eot: passes of a random network, of which the mean is attacked."""
     tf32 = getattr(precision, "name", None) == "tf32"
-    model = as_fp32(fastnet.unwrap(model))
+    model = as_fp32(network.unwrap(model))
     with algorithms(tf32=tf32), fastnet.prepared(model, x, precision, eot=eot) as net:
         yield Victim(net, x)
 
@@ -180,7 +180,7 @@ def logits_in_fp32(model, x, batch_size=500, eot=1):
 
     fp32, and on a GPU the same algorithms at every batch size. eot: the mean of so many passes.
     """
-    net = as_fp32(fastnet.unwrap(model))
+    net = as_fp32(network.unwrap(model))
     fp32 = torch.autocast(x.device.type, enabled=False)
     with run.eval_mode(net), fp32, algorithms(deterministic=True):
         parts = []
@@ -277,15 +277,15 @@ def attack(
     index = (torch.arange(len(x)) if index is None else index).to(x.device)
     check_arguments(x, y, eps, alpha, steps, norm, "ce", None, 1, random_start=True, mode="eval")
     y = whole(y)
-    model = as_fp32(fastnet.unwrap(model))
+    model = as_fp32(network.unwrap(model))
     facts = {"zero": 0, "lost": 0, "broken": 0, "forward": 0, "backward": 0}
     if not len(x):
         return x.clone(), torch.zeros(0, dtype=torch.bool, device=x.device), facts
     with victim(model, x, precision, eot) as net:
         loss = "dlr" if kind in CLASSES else "ce"
         check_values(x, y, loss, y if CLASSES.get(kind) == 4 else None, net.classes)
-        x = fastnet.normal(x).contiguous(memory_format=net.layout)
-        y = fastnet.normal(y)
+        x = network.normal(x).contiguous(memory_format=net.layout)
+        y = network.normal(y)
         if kind not in PLAIN:
             adv, claimed = search(net, x, y, kind, steps, eps / 255, norm, seed, index, tick)
             facts["zero"] = net.zero

@@ -13,7 +13,7 @@ rounding. `ascend` is the loop. fastnet.py makes it fast and leaves the network 
 import torch
 import torch.nn.functional as F
 
-from common.attacks import fastnet
+from common.attacks import fastnet, network
 from common.run import UserError
 
 CW_CONFIDENCE = 50.0  # logit margin beyond which the CW loss stops pushing, as NoFrost's
@@ -232,8 +232,8 @@ def pgd(
     with fastnet.prepared(model, x, precision, mode, capture, eot) as net:
         if check:
             check_values(x, y, loss, target, net.classes)
-        x = fastnet.normal(x).detach().contiguous(memory_format=net.layout)
-        y, target = fastnet.normal(y), fastnet.normal(target)
+        x = network.normal(x).detach().contiguous(memory_format=net.layout)
+        y, target = network.normal(y), network.normal(target)
         ball = BALLS[norm](x, eps / 255, alpha / 255)
         best, flat = None, 0
         for i in range(restarts):
