@@ -9,8 +9,10 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import run
+from common.models.spread_norm import SpreadBatchNorm
 
 # Imports once, then forks the processes of a job with what torchrun puts in their environment.
 JOB = """
@@ -188,10 +190,18 @@ MEASURE = """
         loss.backward()
         return loss.detach()
 
+    exchanges, gather = [], torch.distributed.all_gather
+
+    def counted(parts, x):
+        exchanges.append(x.numel())
+        return gather(parts, x)
+
+    torch.distributed.all_gather = counted
     for norm in (models.BatchNorm, models.DualBatchNorm):
         alone, model = network(norm), network(norm)
         net = run.spread(model)
         for _ in range(2):
+            exchanges.clear()
             own = run.rows(len(y))
             run.world, several = (lambda: 1), run.world
             loss = step(alone, x, y)
@@ -204,6 +214,7 @@ MEASURE = """
         found[norm.__name__] = [difference(*pair) for pair in ([[v] for v in losses], grads,
                                                                states, logits)]
 
+    found["exchanges"] = exchanges
     torch.manual_seed(1)
     model, x = models.build("resnet8", "none").eval(), torch.rand(41, 3, 32, 32)
     y = torch.randint(10, (41,))
@@ -234,6 +245,33 @@ def test_batch_norm_is_that_of_the_global_batch(measured):
     """In fp64: loss, gradients, running statistics and logits equal those of one process."""
     for norm in ("BatchNorm", "DualBatchNorm"):
         assert max(measured[1][norm]) < 1e-12
+
+
+def test_batch_norm_exchanges_once_a_layer_and_pass(measured):
+    """Two layers of 4 channels, two forward and two backward passes: two numbers a channel."""
+    assert measured[1]["exchanges"] == 8 * [2 * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32, 16, 8, 8), (32, 16)])
+def test_spread_batch_norm_of_one_process_is_that_of_torch(dtype, shape):
+    """Output, gradients and running statistics, within the rounding of their dtype."""
+    rng, found = torch.Generator().manual_seed(3), []
+    x, grad = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    affine = torch.rand(2, 16, generator=rng) + 0.5
+    for spread in (True, False):
+        x, weight, bias = (v.detach().clone().requires_grad_() for v in (x, *affine))
+        running = torch.zeros(16), torch.ones(16)
+        if spread:
+            out = SpreadBatchNorm.apply(x, weight, bias, *running, 0.1, 1e-5)
+        else:
+            out = F.batch_norm(x, *running, weight, bias, training=True, eps=1e-5)
+        out.backward(grad)
+        found.append((out, x.grad, weight.grad, bias.grad, *running))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        room = 4 * torch.finfo(ours.dtype).eps * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= room
 
 
 def test_evaluation_counts_every_image_once(measured):

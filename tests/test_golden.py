@@ -3,7 +3,7 @@
 tests/golden/refactor.json was written by commit 0c909dd, in which nofrost.py and bn_ablation.py
 still had their own loops. It holds the SHA-256 of the final weights of every checkpoint, and the
 rows of log.jsonl: CPU, fp32, one thread. The runs of two processes are of later commits, see
-"exceptions" there. `python tests/test_golden.py --write 0C909DD A58BB73 BFFB419`: three checkouts.
+"exceptions" there. `python tests/test_golden.py --write ROOT TWO TWO-BN TWO-FIXUP`: checkouts.
 """
 
 import hashlib
@@ -74,7 +74,9 @@ EXCEPTIONS = {
     "two": "written by a58bb73: in 0c909dd ct.py and fixup_penalty.py no longer took their rows of "
     "a batch, so every process trained on all of it, with the bits of one process (2160f8ab for "
     "--norm none); 4a287c8 gave each its own rows again. Norm gn, whose start 0c909dd left alone.",
-    "two-bn, two-fixup": "written by bffb419: they hold from there on what two processes train.",
+    "two-fixup": "written by bffb419: it holds from there on what two processes train.",
+    "two-bn": "written by the commit that gave BatchNorm one exchange a layer and pass. It adds up "
+    "the squares of each process around that process's own mean, so the last bits differ.",
 }
 SIZES = {"train": 200, "test": 60}
 WORDS = ("loss", "error", "distance", "penalty", "test")
@@ -202,7 +204,7 @@ def test_bits_of_two_processes(name, golden, tmp_path):
     check(fingerprint(tmp_path / "run"), golden[name])
 
 
-def write(root, root_of_two, root_of_more):
+def write(root, *roots_of_two):
     """The fingerprints of the commands under the code in `root`; those of TWO in their own."""
     sys.path.insert(0, str(root))
     torch.set_num_threads(1)
@@ -211,16 +213,16 @@ def write(root, root_of_two, root_of_more):
         with tempfile.TemporaryDirectory() as folder:
             train(command, Path(folder) / "run")
             found[name] = fingerprint(Path(folder) / "run")
-    for name, command in TWO.items():
+    for (name, command), place in zip(TWO.items(), roots_of_two, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            train_twice(command, root_of_two if name == "two" else root_of_more, f"{folder}/run")
+            train_twice(command, place, f"{folder}/run")
             found[name] = fingerprint(Path(folder) / "run")
     content = {"torch": torch.__version__, "commit": "0c909dd", "exceptions": EXCEPTIONS}
     return json.dumps(content | {"commands": found}, indent=1) + "\n"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--write"] or len(sys.argv) != 5:
-        sys.exit("usage: python tests/test_golden.py --write AT_0C909DD AT_A58BB73 AT_BFFB419")
+    if sys.argv[1:2] != ["--write"] or len(sys.argv) != 6:
+        sys.exit("usage: python tests/test_golden.py --write ROOT TWO TWO-BN TWO-FIXUP")
     sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     GOLDEN.write_text(write(*(Path(p).resolve() for p in sys.argv[2:])))

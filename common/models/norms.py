@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import run
+from common.models.spread_norm import SpreadBatchNorm
 
 
 class GroupNorm(nn.GroupNorm):
@@ -41,17 +42,9 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or run.world() == 1:
             return super().forward(x)
-        axes, view = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
-        a, count = x.to(self.weight.dtype), x.numel() // x.shape[1] * run.world()
-        mean = run.Sum.apply(a.sum(axes)) / count
-        centred = a - mean.view(view)
-        var = run.Sum.apply(centred.square().sum(axes)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        scale = (self.weight * (var + self.eps).rsqrt()).view(view)
-        return (centred * scale + self.bias.view(view)).to(x.dtype)
+        self.num_batches_tracked += 1
+        running = self.running_mean, self.running_var
+        return SpreadBatchNorm.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
 
 
 class NoisyBatchNorm(BatchNorm):

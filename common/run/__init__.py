@@ -26,9 +26,9 @@ from common.run.cli import (
 from common.run.clipping import clip_adaptively
 from common.run.device import (
     Precision,
-    Sum,
     can_compile,
     compiled,
+    gathered,
     generator,
     get_device,
     has_bf16,
@@ -102,7 +102,6 @@ __all__ = [
     "Progress",
     "Results",
     "RunDir",
-    "Sum",
     "UserError",
     "accuracy",
     "accuracy_columns",
@@ -137,6 +136,7 @@ __all__ = [
     "format_table",
     "fraction",
     "gap",
+    "gathered",
     "generator",
     "get_device",
     "git_hash",

@@ -81,6 +81,15 @@ def summed(x):
     return x
 
 
+def gathered(x):
+    """The tensors (...) of all processes, (world, ...), in the order of their ranks."""
+    if world() == 1:
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts)
+
+
 def mean(x):
     """Mean of a floating tensor over the processes."""
     return summed(x) / world()
@@ -98,18 +107,6 @@ def spread(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the new name of broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-
-
-class Sum(torch.autograd.Function):
-    """`summed` with a gradient: each summand's is the sum of those that the processes have."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return summed(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return summed(grad.contiguous())
 
 
 def environment_number(name, default):
