@@ -24,8 +24,8 @@ from common import attacks, corruptions, models, run
 from common.data import shapes
 from eval import speed_train
 
-TESTS = ["tests/test_corruptions.py", "tests/test_fastnet.py", "tests/test_attacks.py"]
-NEED_GPU = "gpu or cuda or capture"
+TESTS = ["tests/test_gpu.py", "tests/test_corruptions.py"]
+NEED_GPU = "gpu"
 GOAL = 0.45  # of the measured rate of a matrix product, for the steps of WRN-28-10
 CIFAR = ["ct.py", "--dataset", "cifar10", "--arch", "resnet18", "--lam", "0", "--epochs", "30",
          "--eval-every", "5", "--corrupted-images", "0", "--overwrite"]  # fmt: skip

@@ -8,7 +8,7 @@ import ct
 import fixup_penalty
 import nofrost
 from common import run
-from common.run.device import wants_compiled
+from common.run.device import LONG, wants_compiled
 
 TINY = ["--dataset", "shapes", "--limit", "64", "--batch-size", "16", "--epochs", "2",
         "--eval-every", "1", "--device", "cpu", "--overwrite", "--compile", "--val-size",
@@ -50,15 +50,16 @@ def test_each_network_is_one_graph(tmp_path, monkeypatch, name):
     torch.compiler.reset()
 
 
-def test_compile_is_the_default_where_a_gpu_has_triton(monkeypatch):
+def test_compile_is_the_default_of_long_trainings_on_a_gpu(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for has_triton in (True, False):
         monkeypatch.setattr("torch.utils._triton.has_triton", lambda has=has_triton: has)
-        assert wants_compiled({"compile": None}, gpu) == has_triton
-        assert not wants_compiled({"compile": None}, cpu)
+        assert wants_compiled({"compile": None}, gpu, LONG) == has_triton
+        assert not wants_compiled({"compile": None}, gpu, LONG - 1)
+        assert not wants_compiled({"compile": None}, cpu, LONG)
         for device in (cpu, gpu):
-            assert wants_compiled({"compile": True}, device)
-            assert not wants_compiled({"compile": False}, device)
+            assert wants_compiled({"compile": True}, device, 1)
+            assert not wants_compiled({"compile": False}, device, LONG)
 
 
 def test_kernels_are_launched_together_on_one_gpu(monkeypatch):

@@ -5,6 +5,7 @@ so what the longer one waits for in addition is what 4 steps wait for.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -55,6 +56,7 @@ def run_pretended(tmp_path, *commands):
         [sys.executable, str(HERE / "fake_cuda.py"), str(report), *words],
         capture_output=True,
         text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # pretended, also beside a real GPU
     )
     return process, json.loads(report.read_text()) if report.exists() else None
 

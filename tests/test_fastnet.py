@@ -230,13 +230,14 @@ def recorded(monkeypatch):
     """CUDA graphs pretended on a CPU: what was recorded runs again."""
     made = []
 
-    def record(function):
+    def record(function, stream):
         made.append(function)
         replay = torch.enable_grad()(function)
         replay()
         return replay
 
     monkeypatch.setattr(fastnet, "record", record)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     return made
 
 
@@ -297,14 +298,30 @@ def test_capture_watches_this_thread_alone(monkeypatch):
         def replay(self):
             pass
 
-    monkeypatch.setattr(torch.cuda, "Stream", Fake)
     monkeypatch.setattr(torch.cuda, "current_stream", Fake)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Fake)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     calls = []
-    fastnet.record(lambda: calls.append(1))()
-    assert options == [{"capture_error_mode": "thread_local"}] and len(calls) == 2
+    side = Fake()
+    fastnet.record(lambda: calls.append(1), side)()
+    assert options == [{"stream": side, "capture_error_mode": "thread_local"}]
+    assert len(calls) == 2
+
+
+def test_a_failed_capture_is_one_line(monkeypatch):
+    @contextlib.contextmanager
+    def graph(*args, **kwargs):
+        yield
+        raise RuntimeError("CUDA error: operation not permitted\nmore lines")
+
+    Fake = type("Fake", (), {"wait_stream": lambda self, other: None})
+    monkeypatch.setattr(torch.cuda, "current_stream", Fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Fake)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(run.UserError, match=r"not permitted\): use --no-capture"):
+        fastnet.record(lambda: None, Fake())
 
 
 def test_a_network_is_looked_at_once(monkeypatch):

@@ -333,17 +333,26 @@ class Net:
 # --- CUDA graphs ----------------------------------------------------------------------------------
 
 
-def record(function):
-    """Run `function` on a side stream, capture it, and return the function that replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
+def record(function, stream):
+    """Run `function`, capture it, and return the function that replays it; all on one side stream.
+
+    Autograd remembers the stream on which the images first met the network, and waits for it. That
+    must be the stream of the capture.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # cuDNN chooses its kernels before the capture
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # A thread that pins memory for the loader may work meanwhile: only this thread is watched.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
+    try:
+        # A thread that pins memory for the loader may work meanwhile: only this thread is watched.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            function()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"no CUDA graph of this network ({first}): use --no-capture") from error
     return graph.replay
 
 
@@ -382,21 +391,16 @@ class Captured(Net):
         """Capture both passes. The one after the other, for the second reads what the first
         keeps."""
 
-        def both():
-            self.logits = super(Captured, self).__call__(self.x)
-            self.towards = torch.ones_like(self.logits)
-            (self.grad,) = torch.autograd.grad(self.logits, self.x, self.towards, retain_graph=True)
-
-        both()  # cuDNN chooses its kernels before the capture
-
         def forward():
             self.logits = super(Captured, self).__call__(self.x)
 
         def backward():
             (self.grad,) = torch.autograd.grad(self.logits, self.x, self.towards, retain_graph=True)
 
-        self.run_forward = record(forward)
-        self.run_backward = record(backward)
+        stream = torch.cuda.Stream()
+        self.run_forward = record(forward, stream)
+        self.towards = torch.ones_like(self.logits)
+        self.run_backward = record(backward, stream)
 
     def __call__(self, x):
         return Replay.apply(x, self)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.run.device import environment_number, world
+from common.run.device import LONG, environment_number, world
 from common.run.errors import UserError, out_of_memory
 from common.run.progress import Lasting
 from common.run.rundir import SIGNALS, read_options
@@ -309,8 +309,9 @@ def add_arguments(parser, defaults=None):
         help="number format of forward and backward pass; auto: bf16 where the hardware has it",
     )  # fmt: skip
     group.add_argument(
-        "--compile", action=Flag, help="torch.compile the networks (default: on a GPU with Triton)"
-    )
+        "--compile", action=Flag,
+        help=f"torch.compile the networks (default: on a GPU, in trainings from {LONG} steps on)",
+    )  # fmt: skip
     group.add_argument(
         "--log-every", type=positive(int), default=50, metavar="STEPS",
         help="steps between points in TensorBoard",

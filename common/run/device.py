@@ -11,6 +11,8 @@ from torch import nn
 
 from common.run.errors import UserError
 
+LONG = 20_000  # steps after which a compiled network has won back the time of its compilation
+
 
 def world():
     """Number of processes of this job; 1 without torchrun."""
@@ -51,10 +53,13 @@ def can_compile(device):
     return device.type != "cuda" or has_triton()
 
 
-def wants_compiled(options, device):
-    """Whether a network is compiled: by --compile; without a word from the user on a GPU."""
+def wants_compiled(options, device, steps):
+    """Whether a network is compiled: by --compile; else in a training on a GPU that is long enough
+    to win back the time that compiling takes."""
     wish = options.get("compile")
-    return wish or (wish is None and device.type == "cuda" and can_compile(device))
+    if wish is None:
+        return device.type == "cuda" and steps >= LONG and can_compile(device)
+    return wish
 
 
 def compiled(model, device):
@@ -64,6 +69,7 @@ def compiled(model, device):
     each kernel is launched by itself, between the exchanges of gradients.
     """
     together = device.type == "cuda" and world() == 1
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 is meant
     return torch.compile(model, mode="reduce-overhead" if together else None)
 
 

@@ -58,7 +58,7 @@ class Loop:
         self.start = state.get("step", 0)
         self.metrics = state.get("metrics", {})
         self.best = state.get("best")
-        self.compiles = wants_compiled(options, precision.device)
+        self.compiles = wants_compiled(options, precision.device, self.total)
         if self.compiles:
             torch.compiler.reset()  # torch compiles a class of networks only a few times
         self.net = self.compiled(spread(model))
