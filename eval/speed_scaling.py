@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
 from eval import speed_train
 
+EPOCH = 5  # rounds of steps in the epoch that several processes are timed over
 AXES = ("width", "depth", "batch", "threads", "processes")
 
 
@@ -79,15 +80,20 @@ def one_process(point, args, device):
 
 
 def by_torchrun(processes, base, args):
-    """Images per second of ct.py's second epoch on so many processes of one thread each."""
-    steps = args.group * args.groups
+    """Images per second of ct.py's second epoch on so many processes of one thread each.
+
+    Processes wait for one another, so fewer steps than EPOCH times a round scatter widely. The
+    first epoch writes no checkpoint, for that time would count.
+    """
+    steps = EPOCH * args.group * args.groups
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *("torchrun", "--standalone", f"--nproc-per-node={processes}"), run.ROOT / "ct.py",
             *("--dataset", "shapes", "--lam", "0", "--corrupted-images", "0", "--no-augment"),
             *("--arch", f"wrn{base['depth']}-{base['width']}", "--epochs", "2"),
             *("--limit", steps * base["batch"], "--batch-size", base["batch"]),
-            *("--eval-every", "2", "--log-every", "10000", "--precision", args.precision),
+            *("--eval-every", "2", "--save-every", "2", "--log-every", "10000"),
+            *("--precision", args.precision),
             *("--device", args.device, "--out", Path(folder) / "run"),
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
