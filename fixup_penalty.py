@@ -50,8 +50,8 @@ DEFAULTS = {
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
 HELD_OUT = {"shapes": 200, "svhn": 3257, "cifar10": 5000, "cifar100": 5000}  # by --tune
 TUNED = {  # the values that --tune tries
-    "lr": (0.03, 0.1, 0.3), "penalty_weight": (1e-4, 1e-3, 1e-2, 1e-1), "dropout": (0.1, 0.3, 0.5),
-}  # fmt: skip
+    "lr": (0.03, 0.1, 0.3), "penalty_weight": (1e-4, 1e-3, 1e-2, 1e-1, 1),
+    "dropout": (0.1, 0.3, 0.5)}  # fmt: skip
 
 
 def parse_args(argv=None):

@@ -191,6 +191,15 @@ def final_numbers(folder):
     return None
 
 
+def trained_on(folder):
+    """{"device", "torch", "git"} of the process that ended a training; {} where it is not known."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        begun = [line for line in lines if line.get("event") in ("start", "resume")]
+        return {name: begun[-1].get(name, "cpu") for name in ("device", "torch", "git")}
+    return {}
+
+
 def finished(job):
     if job.trains:
         return final_numbers(job.product) is not None
@@ -397,19 +406,19 @@ def collect(args, name, table, rows, seeds):
     scale = table.scales[args.scale]
     found = []
     for row in rows:
-        numbers = {}
-        failures = {}
+        numbers, failures, trained = {}, {}, {}
         for seed in range(seeds):
             values = numbers_of(args, scale, row, seed)
             if any(v is not None for v in values.values()):
                 numbers[str(seed)] = values
+                trained[str(seed)] = trained_on(run_folder(args, row.run, seed))
             reason = failure(args, scale, row, seed)
             if reason:
                 failures[str(seed)] = reason
         found.append(
             {
                 "row": row.title, "command": f"python {scale.runs[row.run]}",
-                "paper": row.paper or {}, "seeds": numbers, "failed": failures,
+                "paper": row.paper or {}, "seeds": numbers, "failed": failures, "trained": trained,
             }
         )  # fmt: skip
     return {

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -59,10 +60,23 @@ def caption(content):
     """The sentences below a table."""
     text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
     text += "deviation over n seeds."
-    for extra in (content["note"], content["paper"] and f"Paper: {content['paper']}."):
+    paper = content["paper"] and f"Paper: {content['paper']}."
+    for extra in (content["note"], trained_on(content), paper):
         text += f" {extra}" if extra else ""
     absent = [row["row"] for row in content["rows"] if not_begun(row)]
     return text + (f" Not measured yet: {', '.join(absent)}." if absent else "")
+
+
+def trained_on(content):
+    """The sentence that counts the trainings by device; "" where all ran on the CPU."""
+    counts = Counter(
+        about.get("device", "cpu")
+        for row in content["rows"]
+        for about in row.get("trained", {}).values()
+    )
+    if set(counts) <= {"cpu"}:
+        return ""
+    return f"Trained on: {', '.join(f'{name} ({n})' for name, n in sorted(counts.items()))}."
 
 
 def markdown(content):

@@ -53,6 +53,11 @@ def can_compile(device):
     return device.type != "cuda" or has_triton()
 
 
+def device_name(device):
+    """What the numbers were made on: "cpu", or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device and device.type == "cuda" else "cpu"
+
+
 def wants_compiled(options, device, steps):
     """Whether a network is compiled: by --compile; else in a training on a GPU that is long enough
     to win back the time that compiling takes."""

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.checkpoint import load_checkpoint, older, on_host, save_checkpoint, versions
-from common.run.device import rank, wait, world
+from common.run.device import device_name, rank, wait, world
 from common.run.errors import Diverged, UserError
 from common.run.pictures import show_batch
 from common.run.progress import Progress, Remaining
@@ -85,7 +85,7 @@ class RunDir:
             )
         if rank() == 0:
             try:
-                self._create(args.overwrite)
+                self._create(args.overwrite, device_name(precision and precision.device))
             except OSError as error:
                 raise UserError(
                     f"cannot write the run directory {self.dir}: {error.strerror}"
@@ -102,7 +102,7 @@ class RunDir:
         print(f"{self.method}: {', '.join([args.dataset, args.arch, *epochs, *where])}")
         print(f"run directory: {self.dir}")
 
-    def _create(self, overwrite):
+    def _create(self, overwrite, device):
         if not self.resumed and not overwrite and (self.dir / "log.jsonl").exists():
             raise UserError(
                 f"{self.dir} holds a run already: choose another --out, --resume {self.dir} to go "
@@ -123,7 +123,7 @@ class RunDir:
             self.keep_options()
         self._log = open_log(self.dir / "log.jsonl")
         event = "resume" if self.resumed else "start"
-        self.log(event=event, command=shlex.join(sys.argv), **versions())
+        self.log(event=event, command=shlex.join(sys.argv), device=device, **versions())
 
     def _check_options(self):
         """UserError where --resume changes what the steps so far were made with."""
