@@ -150,7 +150,13 @@ def add_steps(part):
     """The options of timed steps."""
     every = list(speed_train.TRAINERS)
     add = part.add_argument
-    add("--trainers", type=trainers, default=every, metavar="A,B", help="rows of the table")
+    add(
+        "--trainers",
+        type=names_of(speed_train.TRAINERS),
+        default=every,
+        metavar="A,B",
+        help="rows of the table",
+    )
     add("--arch", default="wrn16-1", help="network of all trainers")
     add("--batch-size", type=run.positive(int), default=128, help="images of a step")
     add("--group", type=run.positive(int), default=3, help="steps that are timed together")
@@ -168,6 +174,14 @@ def add_gpu(commands):
     add_steps(part)
     part.set_defaults(function=speed_gpu.time_gpu, arch="wrn40-2", group=20)
     add = part.add_argument
+    every = list(speed_gpu.PARTS)
+    add(
+        "--parts",
+        type=names_of(speed_gpu.PARTS),
+        default=every,
+        metavar="A,B",
+        help="of the page, in this order",
+    )
     add("--minutes", type=run.positive(float), default=10.0, help="after which no part begins")
     add("--large-arch", default="wrn28-10", help="network held against the rate of a product")
     add("--attack-arch", default="resnet18", help="network under attack")
@@ -176,13 +190,18 @@ def add_gpu(commands):
     add("--data-dir", default="data", help="where CIFAR-10 is looked for")
 
 
-def trainers(text):
-    chosen = run.listed(str)(text)
-    for name in chosen:
-        if name not in speed_train.TRAINERS:
-            known = ", ".join(map(repr, speed_train.TRAINERS))
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {known}")
-    return chosen
+def names_of(known):
+    """The type of an option that lists names."""
+
+    def parse(text):
+        chosen = run.listed(str)(text)
+        for name in chosen:
+            if name not in known:
+                every = ", ".join(map(repr, known))
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {every}")
+        return chosen
+
+    return parse
 
 
 def sizes(text):

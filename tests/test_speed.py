@@ -94,8 +94,10 @@ def test_the_floor_counts_three_passes():
     assert found["gbyte"] > 10 * maps / 2
 
 
-@pytest.mark.parametrize("words", [["train", "--trainers", "ct,other"]])
-def test_unknown_trainers_are_refused(words):
+@pytest.mark.parametrize(
+    "words", [["train", "--trainers", "ct,other"], ["gpu", "--parts", "tests,other"]]
+)
+def test_unknown_names_are_refused(words):
     with pytest.raises(run.UserError, match="'other' is not one of"):
         speed.parse_args(words)
 
@@ -123,9 +125,9 @@ def test_gpu_parts_on_the_cpu(tmp_path, monkeypatch):
     test.write_text("def test_gpu():\n    pass\n\n\ndef test_other():\n    assert False\n")
     monkeypatch.setattr(speed_gpu, "TESTS", [str(test)])
     args = speed.parse_args([*GPU, "--device", "cpu", "--data-dir", str(tmp_path)])
-    text, numbers = speed_gpu.page(args, torch.device("cpu"), speed_gpu.PARTS)
+    text, numbers = speed_gpu.page(args, torch.device("cpu"), speed_gpu.PARTS.values())
     assert "failed:" not in text and "not run" not in text
-    assert all(f"**{title}**" in text for title in speed_gpu.PARTS)
+    assert all(f"**{title}**" in text for title, _ in speed_gpu.PARTS.values())
     assert numbers["tests that need a GPU"]["status"] == 0
     assert "1 passed" in text and "1 deselected" in text
     assert numbers["attack"]["apart"] == 0 and set(numbers["attack"]["ms"]) >= {"captured", "plain"}
@@ -143,8 +145,8 @@ def test_gpu_goes_on_after_a_failure_and_ends_in_time():
     args = speed.parse_args(GPU)
     cpu = torch.device("cpu")
     parts = {"a": broken, "b": lambda args, device: (["fine"], {"x": 1})}
-    text, numbers = speed_gpu.page(args, cpu, parts)
+    text, numbers = speed_gpu.page(args, cpu, parts.items())
     assert "failed: no kernel image\n" in text and "fine" in text and numbers["b"] == {"x": 1}
     args.minutes = -1
-    text, numbers = speed_gpu.page(args, cpu, parts)
+    text, numbers = speed_gpu.page(args, cpu, parts.items())
     assert text.count("not run") == 2 and not numbers
