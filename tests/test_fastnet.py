@@ -342,10 +342,13 @@ def test_a_network_is_looked_at_once(monkeypatch):
     assert fastnet.probe(net, x[:1])[0] == 3 and len(looks) == 3
     fastnet.probe(net, x[:1, :, :16, :16])
     assert len(looks) == 4
+    net.bn1.clean.running_mean = net.bn1.clean.running_var = None  # from now on of the batch
+    assert all(norm is not net.bn1.clean for norm, _ in fastnet.probe(net, x[:1])[1].values())
+    assert len(looks) == 5
     handle = net.fc.register_forward_hook(lambda *args: None)  # who knows what a hook does
     fastnet.probe(net, x[:1])
     fastnet.probe(net, x[:1])
-    assert len(looks) == 6
+    assert len(looks) == 7
     handle.remove()
     del net, plan
     gc.collect()

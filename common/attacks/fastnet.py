@@ -87,7 +87,7 @@ SEEN = weakref.WeakKeyDictionary()  # network -> (what a look depends on, what i
 
 
 def state_of(net):
-    """The modules of a network with the numbers, names and flags that they hold.
+    """The modules of a network: their classes, which tensors they hold, numbers, names and flags.
 
     None for a network whose look depends on more: on hooks, on patches, on the values in a norm.
     """
@@ -95,10 +95,13 @@ def state_of(net):
     modules = list(net.modules())
     if any(not is_plain(m) or (is_norm(m) and type(m) not in AFFINE) for m in modules):
         return None
-    return [
-        (weakref.ref(m), *(item for item in vars(m).items() if type(item[1]) in plain))
-        for m in modules
-    ]
+    state = []
+    for m in modules:
+        tensors = [*m._parameters.items(), *m._buffers.items()]
+        held = [(name, tensor is not None) for name, tensor in tensors]
+        values = [item for item in vars(m).items() if type(item[1]) in plain]
+        state.append((weakref.ref(m), type(m), held, values))
+    return state
 
 
 def probe(net, x):
