@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as vision
 
 import nofrost
@@ -335,6 +336,61 @@ def test_adaptive_clipping_by_hand():
     # row 1: 10 > 0.02 * 5; row 2: 1 > 0.02 * 1e-3; bias: 0.05 < 0.02 * 5
     assert torch.allclose(layer.weight.grad, torch.tensor([[0.06, 0.08, 0], [0, 2e-5, 0]]))
     assert torch.equal(layer.bias.grad, torch.tensor([0.03, 0.04]))
+
+
+def with_gradients(arch):
+    """A network with dense, transposed, one-dimensional and fc parameters, and their gradients."""
+    torch.manual_seed(1)
+    net = models.build(arch, "nf").to(memory_format=torch.channels_last)
+    net.turned = torch.nn.Linear(6, 5)
+    net.turned.weight = torch.nn.Parameter(torch.randn(6, 5).t())
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) * torch.rand(len(p)).view(-1, *[1] * (p.ndim - 1))
+    return net
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_adaptive_clipping_as_written_out(together):
+    """Unit by unit, to the last bits; gradients keep their layout. Some are clipped, some not."""
+    net = with_gradients("resnet8")
+    expected, clipped = {}, []
+    for name, p in net.named_parameters():
+        rows, weights = (v.double().flatten(1) if v.ndim > 1 else v.double()[None]
+                         for v in (p.grad, p.detach()))  # fmt: skip
+        out = rows.clone()
+        for row, weight in zip(out, weights, strict=True):
+            largest = 0.4 * max(weight.norm().item(), 1e-3)
+            if row.norm() > largest and not name.startswith("fc."):
+                row *= largest / row.norm()
+                clipped.append(name)
+        expected[name] = out.view(p.shape)
+    strides = [p.grad.stride() for p in net.parameters() if p.ndim == 4]
+    run.clip_adaptively(net, 0.4, together=together)
+    for name, p in net.named_parameters():
+        room = 4 * torch.finfo(torch.float32).eps * expected[name].abs().max()
+        assert (p.grad.double() - expected[name]).abs().max() <= room, name
+    assert strides == [p.grad.stride() for p in net.parameters() if p.ndim == 4]
+    assert 0 < len(clipped) < sum(len(p) for p in net.parameters() if p.ndim > 1)
+
+
+def test_adaptive_clipping_takes_no_more_kernels_in_a_deeper_network():
+    counts = []
+    for arch in ("resnet20", "resnet44"):
+        net = with_gradients(arch)
+        with Kernels() as kernels:
+            run.clip_adaptively(net, 0.4, together=True)
+        counts.append(kernels.count)
+    assert 0 < counts[0] == counts[1]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations on tensors, but for those that only make a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 # --- texture debiasing ----------------------------------------------------------------------------

@@ -10,26 +10,57 @@ def clip_gradients(model, largest):
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def unit_norms(x):
-    """Norms (units,) of the output units of a weight; a vector is one unit."""
-    axes = tuple(range(1, x.ndim)) if x.ndim > 1 else (0,)
-    return torch.linalg.vector_norm(x, dim=axes).view(-1)
+def dense(x):
+    """x, or its contiguous copy where its rows do not lie in memory one after the other."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return x if last or x.is_contiguous() else x.contiguous()
 
 
-def clip_adaptively(model, ratio, eps=1e-3):
+def units(x):
+    """A dense weight as a matrix (output units, values of a unit), without a copy. A vector is one
+    unit. The order within a unit is that of the memory."""
+    count = len(x) if x.ndim > 1 else 1
+    size = x.numel() // count
+    return x.as_strided((count, size), (size, 1))
+
+
+def joined(rows):
+    """Matrices of equal width as one. A matrix alone is itself, not a copy."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def norms(matrices):
+    """Norms of all rows, (rows,)."""
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in matrices])
+
+
+def clip_adaptively(model, ratio, eps=1e-3, together=None):
     """Adaptive gradient clipping (Brock et al. 2021, eq. 3), in place: the gradient of each output
     unit is at most `ratio` times the norm of its weights.
 
     `eps` stands in for weights that are smaller. Biases and gains have no fan-in, so each is one
     unit. As in the paper, the last layer ("fc") is left out.
+
+    together: units of one size are copied into one matrix. So the number of kernels does not grow
+    with depth. None: on a GPU. On a CPU the copies would take longer than the calls.
     """
-    parameters = [p for n, p in model.named_parameters() if p.grad is not None and "fc." not in n]
-    if not parameters:
+    alike = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None and "fc." not in name:
+            p.grad = dense(p.grad)
+            weight = units(dense(p.detach()))
+            key = weight.shape[1] if (p.is_cuda if together is None else together) else name
+            alike.setdefault(key, []).append((p.grad, weight))
+    if not alike:
         return
-    # One vector for the units of all parameters: a GPU gets three small kernels a parameter.
-    sizes = torch.cat([unit_norms(p.grad) for p in parameters])
-    weights = torch.cat([unit_norms(p.detach()) for p in parameters])
-    factors = (weights.clamp_min(eps) * ratio / sizes.clamp_min(1e-6)).clamp_max(1)
-    counts = [len(p) if p.ndim > 1 else 1 for p in parameters]
-    for p, factor in zip(parameters, factors.split(counts), strict=True):
-        p.grad.mul_(factor.view(-1, *[1] * (p.ndim - 1)))
+    grads = [joined([units(grad) for grad, _ in group]) for group in alike.values()]
+    weights = norms([joined([weight for _, weight in group]) for group in alike.values()])
+    factors = (weights.clamp_min(eps) * ratio / norms(grads).clamp_min(1e-6)).clamp_max(1)
+    for rows, factor in zip(grads, factors.split([len(rows) for rows in grads]), strict=True):
+        rows.mul_(factor[:, None])
+    copied = [(group, rows) for group, rows in zip(alike.values(), grads, strict=True) if group[1:]]
+    old = [grad for group, _ in copied for grad, _ in group]
+    new = [part for group, rows in copied for part in rows.split([len(w) for _, w in group])]
+    if old:
+        new = [part.as_strided(g.shape, g.stride()) for part, g in zip(new, old, strict=True)]
+        torch._foreach_copy_(old, new)
