@@ -16,6 +16,7 @@ import fixup_penalty
 import nofrost
 from common import attacks, data, models, run
 from common.data import shapes
+from common.models.spread_norm import SpreadBatchNorm
 from eval import adversarial, corruptions, smoothness
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,6 +111,30 @@ def test_compiled_on_a_gpu(norm):
         assert abs(loss - found[0][0]) < 1e-4
         assert F.cosine_similarity(gradient.flatten(), found[0][1].flatten(), dim=0) > 0.999
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_spread_batch_norm_is_that_of_torch(dtype):
+    """With one process: output, gradients and running statistics, and the host never waits."""
+    x, grad = torch.randn(2, 32, 16, 8, 8, device="cuda").to(dtype).unbind()
+    affine = torch.rand(2, 16, device="cuda") + 0.5
+    found = []
+    for spread in (True, False):
+        a = x.to(memory_format=torch.channels_last).detach().requires_grad_()
+        weight, bias = (v.detach().clone().requires_grad_() for v in affine)
+        running = torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        if spread:
+            out = SpreadBatchNorm.apply(a, weight, bias, *running, 0.1, 1e-5)
+        else:
+            out = F.batch_norm(a, *running, weight, bias, training=True, eps=1e-5)
+        out.backward(grad)
+        torch.cuda.set_sync_debug_mode("default")
+        found.append((out, a.grad, weight.grad, bias.grad, *running))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        room = 16 * torch.finfo(ours.dtype).eps * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= room
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
