@@ -117,7 +117,12 @@ def spread(model):
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the new name of broadcast_buffers
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=ids,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # gradients stay where they were exchanged: no copy back
+        )
 
 
 def environment_number(name, default):
