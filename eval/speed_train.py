@@ -27,17 +27,17 @@ from common import models, run
 from common.data import shapes
 
 SHORT = ["--overwrite", "--log-every", "1000", "--val-size", "20", "--no-augment"]
-EPOCH = [*SHORT, "--epochs", "1", "--eval-every", "1"]
+IMAGES = 9900  # of an epoch at most: shapes has 10,000
 # Trainer: (script, normaliser, options, its work over that of a plain step). A plain step is one
 # forward pass and two passes back, to the weights and to the maps: 3. A frozen teacher adds 1. An
 # attack's step is one forward pass and one back: 2; the images it makes are a second batch: 3.
 TRAINERS = {
-    "ct-baseline": ("ct", "bn", [*EPOCH, "--lam", "0", "--corrupted-images", "0"], 1.0),
-    "ct": ("ct", "bn", [*EPOCH, "--teacher", "{teacher}", "--no-baseline",
+    "ct-baseline": ("ct", "bn", [*SHORT, "--lam", "0", "--corrupted-images", "0"], 1.0),
+    "ct": ("ct", "bn", [*SHORT, "--teacher", "{teacher}", "--no-baseline",
                         "--corrupted-images", "0"], 4 / 3),
-    "nofrost": ("nofrost", "nf", [*EPOCH, "--norms", "nf", "--attack-steps", "1", "--robust-images",
+    "nofrost": ("nofrost", "nf", [*SHORT, "--norms", "nf", "--attack-steps", "1", "--robust-images",
                                   "0", "--probe-images", "1"], 8 / 3),
-    "fixup_penalty": ("fixup_penalty", "fixup", [*EPOCH, "--variants", "fixup+penalty",
+    "fixup_penalty": ("fixup_penalty", "fixup", [*SHORT, "--variants", "fixup+penalty",
                                                  "--corrupted-images", "0"], 1.0),
     "bn_ablation": ("bn_ablation", "bn", [*SHORT, "--norms", "bn", "--lrs", "0.1",
                                           "--measure-every", "0", "--eval-every", "10000"], 1.0),
@@ -107,22 +107,22 @@ def time_trainer(name, args, device, teacher, compiled=False):
     skip, group, steps = steps_of(args)
     clock, found = Clock(device, skip, group), {}
     with tempfile.TemporaryDirectory() as folder:
-        length = [
-            "--limit",
-            str(args.batch_size * steps + 20),
-            "--dataset",
-            "shapes",
-            "--image-size",
-            "32",
-        ]
+        per_epoch = min(steps, IMAGES // args.batch_size)
+        length = ["--dataset", "shapes", "--image-size", "32"]
+        length += ["--limit", str(args.batch_size * per_epoch + 20)]
         if script == "bn_ablation":
             length += ["--steps", str(steps)]
+        else:
+            epochs = str(-(-steps // per_epoch))
+            length += ["--epochs", epochs, "--eval-every", epochs]
         words = [
             *(str(teacher) if word == "{teacher}" else word for word in options), *length,
             "--arch", args.arch, "--batch-size", str(args.batch_size), "--device", str(device),
             "--precision", args.precision, "--out", str(Path(folder) / "run"),
             "--compile" if compiled else "--no-compile",
         ]  # fmt: skip
+        if compiled and script == "nofrost":
+            words.append("--no-capture")  # on a GPU not both
         space = runpy.run_path(str(run.ROOT / f"{script}.py"))
         with (
             unittest.mock.patch.object(run, "Loop", timed_loop(clock, found)),

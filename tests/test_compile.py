@@ -60,6 +60,16 @@ def test_compile_is_the_default_of_long_trainings_on_a_gpu(monkeypatch):
         for device in (cpu, gpu):
             assert wants_compiled({"compile": True}, device, 1)
             assert not wants_compiled({"compile": False}, device, LONG)
+        assert not wants_compiled({"compile": None, "capture": True}, gpu, LONG)
+        assert wants_compiled({"compile": True, "capture": True}, cpu, LONG)
+    with pytest.raises(run.UserError, match="add --no-capture"):
+        wants_compiled({"compile": True, "capture": True}, gpu, 1)
+
+
+def test_nofrost_captures_attacks_alone():
+    """Without an attack there is nothing to capture, and the network may be compiled."""
+    assert nofrost.parse_args(["--dataset", "shapes"]).capture
+    assert not nofrost.parse_args(["--dataset", "shapes", "--lam", "0"]).capture
 
 
 def test_kernels_are_launched_together_on_one_gpu(monkeypatch):

@@ -60,10 +60,18 @@ def device_name(device):
 
 def wants_compiled(options, device, steps):
     """Whether a network is compiled: by --compile; else in a training on a GPU that is long enough
-    to win back the time that compiling takes."""
-    wish = options.get("compile")
+    to win back the time that compiling takes.
+
+    Raises UserError for a compiled network beside attacks that are CUDA graphs, which --capture
+    makes. On an H100 such runs ended in a launch failure, after torch.compile freed memory of
+    cuBLAS that the attack's graphs go on to use.
+    """
+    wish, gpu = options.get("compile"), device.type == "cuda"
+    captured = gpu and options.get("capture", False)
+    if wish and captured:
+        raise UserError("--compile and --capture: not both on a GPU; add --no-capture")
     if wish is None:
-        return device.type == "cuda" and steps >= LONG and can_compile(device)
+        return gpu and steps >= LONG and not captured and can_compile(device)
     return wish
 
 
