@@ -234,12 +234,16 @@ def markdown(rows):
 
 
 def figure(rows, study, path):
-    """The SVG: swapped accuracy against steps (shapes) or against the grating's size (cifar10)."""
+    """The SVG: swapped accuracy against steps (shapes) or against the grating's size (cifar10);
+    what swapping costs against the accuracy without the grating, a point a recipe (recipe)."""
     points = {}
     for row in rows:
         at = {c["step"]: c["swapped"] for c in row["curve"]}
-        if study != "shapes":
-            at = {row["levels"]: row["curve"][-1]["swapped"]}
+        end = row["curve"][-1]
+        if study == "cifar10":
+            at = {row["levels"]: end["swapped"]}
+        elif study == "recipe":
+            at = {end["without"]: end["clean"] - end["swapped"]}
         for x, value in at.items():
             points.setdefault(row["norm"], {}).setdefault(x, []).append(value)
     order = [n for n in ("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup") if n in points]
@@ -249,8 +253,14 @@ def figure(rows, study, path):
         for x, values in sorted(points[norm].items()):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             lines[norm].append((x, statistics.mean(values), spread))
-    label = "training steps" if study == "shapes" else "size of the grating, grey levels of 255"
-    run.line_plot(path, lines, label, "accuracy with the grating swapped, %")
+    up = "accuracy with the grating swapped, %"
+    across = "training steps" if study == "shapes" else "size of the grating, grey levels of 255"
+    if study == "recipe":
+        across, up = (
+            "accuracy with the grating removed, %",
+            "accuracy that swapping it costs, points",
+        )
+    run.line_plot(path, lines, across, up)
 
 
 def train_row(row, dataset, args, precision):
@@ -294,9 +304,8 @@ def main(args):
     if not rows:
         raise run.UserError(f"{args.json}: no finished network to draw; run without --draw first")
     print(f"\naccuracy in %, mean +- standard deviation over seeds\n\n{markdown(rows)}")
-    if args.study != "recipe":
-        figure(rows, args.study, args.json.with_suffix(".svg"))
-        print(f"figure: {args.json.with_suffix('.svg')}")
+    figure(rows, args.study, args.json.with_suffix(".svg"))
+    print(f"figure: {args.json.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":
