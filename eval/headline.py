@@ -60,7 +60,7 @@ def parse_args(argv=None):
         "--seeds", type=run.positive(int), help="number of seeds, from 0 on (default: the table's)"
     )
     parser.add_argument(
-        "--rows", type=run.listed(str), metavar="A,B", help="only these rows (default: all)"
+        "--rows", metavar="A,B", help="only these rows, by their titles (default: all)"
     )
     parser.add_argument(
         "--evaluations", type=run.listed(str), metavar="A,B",
@@ -496,11 +496,19 @@ def list_tables(args):
 
 
 def chosen_rows(args, scale):
+    """The rows of --rows, all by default. A title may hold commas: the longest one counts."""
     titles = [row.title for row in scale.rows]
-    for title in args.rows or ():
-        if title not in titles:
-            raise run.UserError(f"--rows: no {title}; there are {', '.join(titles)}")
-    return [row for row in scale.rows if not args.rows or row.title in args.rows]
+    if args.rows is None:
+        return list(scale.rows)
+    chosen, parts = [], [part.strip() for part in args.rows.split(",")]
+    while parts:
+        lengths = range(len(parts), 0, -1)
+        n = next((n for n in lengths if ", ".join(parts[:n]) in titles), 0)
+        if not n:
+            raise run.UserError(f"--rows: no {parts[0]}; there are {'; '.join(titles)}")
+        chosen.append(", ".join(parts[:n]))
+        del parts[:n]
+    return [row for row in scale.rows if row.title in chosen]
 
 
 def main(args):

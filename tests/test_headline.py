@@ -227,6 +227,13 @@ def test_a_stopped_table_goes_on(fake, tmp_path, monkeypatch):
     assert (waiting / "starts").read_text() == "xx"
 
 
+def test_rows_are_chosen_by_titles_with_commas():
+    scale = headline_tables.TABLES["ct-cifar10"].scales["small"]
+    words = ["ct-cifar10", "--rows", "vgg11-16, CT,wrn10-2, BatchNorm, wrn10-2, none"]
+    rows = headline.chosen_rows(headline.parse_args(words), scale)
+    assert [row.title for row in rows] == ["vgg11-16, CT", "wrn10-2, BatchNorm", "wrn10-2, none"]
+
+
 def test_dry_run_starts_nothing(tmp_path, capsys):
     line = [*words_of("question", "small", tmp_path), "--dry-run", "--rows", "BatchNorm,CT"]
     todo = headline.main(headline.parse_args([*line, "--seeds", "1", "--data-dir", str(tmp_path)]))

@@ -157,6 +157,7 @@ def get_device(name):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here (try --device cpu)") from None
     if device.type == "cuda":
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # it makes a context
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed is bf16's part
         torch.backends.cuda.matmul.allow_tf32 = False  # an environment variable may have set it
