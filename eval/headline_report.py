@@ -59,7 +59,7 @@ def not_begun(row):
 def caption(content):
     """The sentences below a table."""
     text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
-    text += "deviation over n seeds."
+    text += "deviation over n seeds; a number without it is of one seed."
     paper = content["paper"] and f"Paper: {content['paper']}."
     for extra in (content["note"], trained_on(content), paper):
         text += f" {extra}" if extra else ""

@@ -63,8 +63,8 @@ def wants_compiled(options, device, steps):
     to win back the time that compiling takes.
 
     Raises UserError for a compiled network beside attacks that are CUDA graphs, which --capture
-    makes. On an H100 such runs ended in a launch failure, after torch.compile freed memory of
-    cuBLAS that the attack's graphs go on to use.
+    makes. On an H100 such runs ended in a launch failure. The cause is not proved; torch.compile
+    frees cuBLAS's workspaces, which the attack's graphs may go on to use.
     """
     wish, gpu = options.get("compile"), device.type == "cuda"
     captured = gpu and options.get("capture", False)
