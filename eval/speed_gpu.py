@@ -25,7 +25,6 @@ from common.data import shapes
 from eval import speed_train
 
 TESTS = ["tests/test_gpu.py", "tests/test_corruptions.py"]
-NEED_GPU = "gpu"
 GOAL = 0.45  # of the measured rate of a matrix product, for the steps of WRN-28-10
 CIFAR = ["ct.py", "--dataset", "cifar10", "--arch", "resnet18", "--lam", "0", "--epochs", "30",
          "--eval-every", "5", "--corrupted-images", "0", "--overwrite"]  # fmt: skip
@@ -33,7 +32,7 @@ CIFAR = ["ct.py", "--dataset", "cifar10", "--arch", "resnet18", "--lam", "0", "-
 
 def part_tests(args, device):
     """The tests that need a GPU."""
-    words = [sys.executable, "-m", "pytest", "-q", "-k", NEED_GPU, "--durations=0", *TESTS]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=0", *TESTS]
     done = subprocess.run(words, cwd=run.ROOT, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]

@@ -13,6 +13,13 @@ sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
 
 
+def pytest_configure(config):
+    """On a machine with a GPU, too, the suite computes on the CPU, where runs repeat bit for bit.
+    `pytest -m gpu` runs the tests that need one."""
+    if "gpu" not in (config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder beside the checkout: golden files, sample trees, third-party checkpoints."""

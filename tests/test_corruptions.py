@@ -347,7 +347,8 @@ def test_chunks_bound_the_memory(images, monkeypatch):
     assert seen == [5, 5, 2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and `pytest -m gpu`")
 @pytest.mark.parametrize("name", EVERY)
 def test_gpu_equals_cpu(images, name):
     for severity in (1, 5):

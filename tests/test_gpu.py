@@ -1,6 +1,6 @@
 """What only a real GPU can show: CUDA graphs, compiled kernels, whole runs of the scripts on it.
 
-All of it is skipped without a GPU. `python eval/speed.py gpu` runs it, too.
+`pytest -m gpu` runs it, and so does `python eval/speed.py gpu`. Without a GPU all is skipped.
 """
 
 import contextlib
@@ -19,7 +19,10 @@ from common.data import shapes
 from common.models.spread_norm import SpreadBatchNorm
 from eval import adversarial, corruptions, smoothness
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and `pytest -m gpu`"),
+]
 
 TINY = ["--dataset", "shapes", "--device", "cuda", "--limit", "512", "--eval-every", "1",
         "--overwrite", "--val-size", "100"]  # fmt: skip

@@ -122,7 +122,8 @@ def test_gpu_without_a_gpu_is_one_line():
 def test_gpu_parts_on_the_cpu(tmp_path, monkeypatch):
     """Every part runs to its lines, here with the CPU in the GPU's place."""
     test = tmp_path / "test_one.py"
-    test.write_text("def test_gpu():\n    pass\n\n\ndef test_other():\n    assert False\n")
+    marked = "import pytest\n\n\n@pytest.mark.gpu\ndef test_one():\n    pass\n\n\n"
+    test.write_text(marked + "def test_other():\n    assert False\n")
     monkeypatch.setattr(speed_gpu, "TESTS", [str(test)])
     args = speed.parse_args([*GPU, "--device", "cpu", "--data-dir", str(tmp_path)])
     text, numbers = speed_gpu.page(args, torch.device("cpu"), speed_gpu.PARTS.values())
