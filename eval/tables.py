@@ -6,9 +6,10 @@
     python eval/tables.py runs/*/last.adversarial.json --scatter clean,apgd-ce trade-off.svg
 
 Checkpoints that differ in nothing but the seed form a row: mean +- sample standard deviation over
-the seeds, and their number n. A row is named by the fewest options that tell the rows apart. The
-same network counts once, however many files hold it. A folder gives a table for each kind of
-evaluation and each setting below it. Files that are named must belong into one table.
+the seeds, and their number n. A column that some of them lack is over those that have it. A row is
+named by the fewest options that tell the rows apart. The same network counts once, however many
+files hold it. A folder gives a table for each kind of evaluation and each setting below it. Files
+that are named must belong into one table.
 """
 
 import json
@@ -149,7 +150,8 @@ def rows_of(columns, titles, groups, *, per_seed):
     rows = []
     for title, (_, entries) in zip(titles, groups, strict=True):
         cells = [[lookup(entry, keys) for entry in entries] for keys in columns.values()]
-        rows.append([title, *map(run.mean_sd, cells), len(entries)])
+        known = [[value for value in values if value is not None] for values in cells]
+        rows.append([title, *map(run.mean_sd, known), len(entries)])
         for i, entry in enumerate(entries if per_seed else ()):
             numbers = ["-" if values[i] is None else values[i] for values in cells]
             rows.append([f"  seed {entry.get('options', {}).get('seed', i)}", *numbers, ""])

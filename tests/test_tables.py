@@ -248,3 +248,15 @@ def test_fast_takes_a_quarter_of_the_time_and_leaves_no_image_more():
         cells = [f"{cell:g}" for cell in cells]
         cells += [f"{part['cpu_seconds']:.1f}" for part in (standard, fast)]
         assert f"| {row['row']} | {' | '.join(cells)} | {share:.1f} % |" in readme
+
+
+def test_recipes_of_a_study_are_rows_of_their_own():
+    rows = tables.main(tables.parse_args([str(RESULTS / "shortcut_recipe.json")]))
+    assert len(rows) == 14 and all(row["n"] == 1 for row in rows.values())
+
+
+def test_a_column_that_a_seed_lacks_is_over_the_others(tmp_path):
+    numbers = [{"clean error": 10.0, "pgd": 50.0}, {"clean error": 12.0, "pgd": None}]
+    columns = {name: (name,) for name in numbers[0]}
+    (row,) = tables.rows_of(columns, ["net"], [({}, numbers)], per_seed=False)
+    assert row == ["net", "11.00 +- 1.41", "50.00", 2]
