@@ -219,7 +219,7 @@ from common import models, run
 
 models.norms.run.world = lambda: 2
 run.device.world = lambda: 2
-dist.all_reduce = lambda x, *args, **kwargs: None
+dist.all_gather = lambda parts, x: [part.copy_(x) for part in parts]
 model = models.build("wrn10-1", "bn", 10).to("cuda", memory_format=torch.channels_last).train()
 model(torch.rand(4, 3, 32, 32, device="cuda")).sum().backward()
 """
