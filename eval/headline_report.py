@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
 
+FEW = 4  # rows without a number that a caption names
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->)(.*?)(<!-- end of table -->)", re.S)
 
 
@@ -64,7 +65,9 @@ def caption(content):
     for extra in (content["note"], trained_on(content), paper):
         text += f" {extra}" if extra else ""
     absent = [row["row"] for row in content["rows"] if not_begun(row)]
-    return text + (f" Not measured yet: {', '.join(absent)}." if absent else "")
+    if len(absent) > FEW:
+        return f"{text} Not measured yet: {len(absent)} of {len(content['rows'])} rows."
+    return text + (f" Not measured yet: {'; '.join(absent)}." if absent else "")
 
 
 def trained_on(content):
