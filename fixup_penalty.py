@@ -51,7 +51,8 @@ VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
 HELD_OUT = {"shapes": 200, "svhn": 3257, "cifar10": 5000, "cifar100": 5000}  # by --tune
 TUNED = {  # the values that --tune tries
     "lr": (0.03, 0.1, 0.3), "penalty_weight": (1e-4, 1e-3, 1e-2, 1e-1, 1),
-    "dropout": (0.1, 0.3, 0.5)}  # fmt: skip
+    "dropout": (0.1, 0.3, 0.5),
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -60,8 +61,7 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0).add_argument
     add("--scalar-lr", type=positive(float), default=0.1, help="share of --lr for its scalars")
-    schedules = ["cosine", "steps"]
-    add("--schedule", default="cosine", choices=schedules, help="steps: x0.1 at 1/2 and 3/4")
+    add("--schedule", default="cosine", choices=["cosine", "steps"], help="x0.1 at 1/2 and 3/4")
     add("--mixup", type=nonnegative(float), default=0.0, help="alpha of mixup; 0 is none")
     add = parser.add_argument_group("method").add_argument
     add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")

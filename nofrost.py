@@ -101,7 +101,7 @@ def parse_args(argv=None):
     if args.label_smoothing is None:
         args.label_smoothing = 0.0 if args.loss == "trades" else 0.1
     check_options(args)
-    args.capture = args.capture and is_attacked(args)
+    args.capture = args.capture and is_attacked(args) and args.attack_mode == "eval"
     if is_attacked(args) and (warning := attacks.check_eps(args.eps, args.attack_norm, args.alpha)):
         print(f"warning: {warning}")
     return args

@@ -192,11 +192,13 @@ def final_numbers(folder):
 
 
 def trained_on(folder):
-    """{"device", "torch", "git"} of the process that ended a training; {} where it is not known."""
-    with contextlib.suppress(OSError, ValueError):
+    """{"device", "torch", "git"} of the process that ended a training; {} where it is not known.
+
+    Logs from before 2026-11-26 do not name the device."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
         lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         begun = [line for line in lines if line.get("event") in ("start", "resume")]
-        return {name: begun[-1].get(name, "cpu") for name in ("device", "torch", "git")}
+        return {name: begun[-1].get(name, "unknown") for name in ("device", "torch", "git")}
     return {}
 
 
@@ -417,7 +419,7 @@ def collect(args, name, table, rows, seeds):
                 failures[str(seed)] = reason
         found.append(
             {
-                "row": row.title, "command": f"python {scale.runs[row.run]}",
+                "row": row.title, "run": row.run, "command": f"python {scale.runs[row.run]}",
                 "paper": row.paper or {}, "seeds": numbers, "failed": failures, "trained": trained,
             }
         )  # fmt: skip

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
 
 FEW = 4  # rows without a number that a caption names
+LEAST = 4  # points of a figure: fewer say no more than the table
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->)(.*?)(<!-- end of table -->)", re.S)
 
 
@@ -71,13 +72,15 @@ def caption(content):
 
 
 def trained_on(content):
-    """The sentence that counts the trainings by device; "" where all ran on the CPU."""
-    counts = Counter(
-        about.get("device", "cpu")
+    """The sentence that counts the trainings by device; "" where no log names a GPU. A training
+    of which several rows show a network counts once."""
+    devices = {
+        (row.get("run", row["row"]), seed): about.get("device", "unknown")
         for row in content["rows"]
-        for about in row.get("trained", {}).values()
-    )
-    if set(counts) <= {"cpu"}:
+        for seed, about in row.get("trained", {}).items()
+    }
+    counts = Counter(devices.values())
+    if set(counts) <= {"cpu", "unknown"}:
         return ""
     return f"Trained on: {', '.join(f'{name} ({n})' for name, n in sorted(counts.items()))}."
 
@@ -97,10 +100,10 @@ def draw(content, path):
     points = points_of(content, across, up)
     rings = points_of(content, across, after[0]) if after else {}
     joined = [title for title in points if ", gamma " in title]
-    if points:
+    if len(points) >= LEAST:
         title = content["title"] + (f" Rings: {after[0].split(',')[0]}" if rings else "")
         run.scatter_chart(path, title, points, across, up, rings, joined)
-    return bool(points)
+    return len(points) >= LEAST
 
 
 def points_of(content, across, up):

@@ -234,25 +234,30 @@ def markdown(rows):
 
 
 def figure(rows, study, path):
-    """The SVG: swapped accuracy against steps (shapes) or against the grating's size (cifar10);
-    what swapping costs against the accuracy without the grating, a point a recipe (recipe)."""
+    """The SVG: swapped accuracy against steps (shapes) or the grating's size (cifar10).
+
+    recipe: what swapping costs against the accuracy without the grating. A line joins half, usual
+    and twice of one option."""
     points = {}
     for row in rows:
+        end, lines = row["curve"][-1], [row["norm"]]
         at = {c["step"]: c["swapped"] for c in row["curve"]}
-        end = row["curve"][-1]
         if study == "cifar10":
             at = {row["levels"]: end["swapped"]}
         elif study == "recipe":
             at = {end["without"]: end["clean"] - end["swapped"]}
-        for x, value in at.items():
-            points.setdefault(row["norm"], {}).setdefault(x, []).append(value)
-    order = [n for n in ("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup") if n in points]
+            options = ("epochs", "rate", "batch")
+            change = row["change"].split()[-1]
+            lines = [f"{row['norm']}, {o}" for o in options if change in (o, "usual")]
+        for line, (x, value) in itertools.product(lines, at.items()):
+            points.setdefault(line, {}).setdefault(x, []).append(value)
+    order = ("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup")
     lines = {}
-    for norm in order:
-        lines[norm] = []
-        for x, values in sorted(points[norm].items()):
+    for line in sorted(points, key=lambda name: order.index(name.split(",")[0])):
+        lines[line] = []
+        for x, values in sorted(points[line].items()):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            lines[norm].append((x, statistics.mean(values), spread))
+            lines[line].append((x, statistics.mean(values), spread))
     up = "accuracy with the grating swapped, %"
     across = "training steps" if study == "shapes" else "size of the grating, grey levels of 255"
     if study == "recipe":

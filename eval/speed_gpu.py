@@ -168,7 +168,8 @@ def guarded(part, args, device):
         lines, numbers = part(args, device)
     except Exception as error:  # whatever breaks on a machine that nobody has seen
         traceback.print_exc()
-        return [f"failed: {str(error).strip().splitlines()[0][:200]}"], {"failed": repr(error)}
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        return [f"failed: {first[:200]}"], {"failed": repr(error)}
     if cuda:
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         lines = [*lines, f"peak memory {peak:.2f} GiB"]

@@ -107,6 +107,8 @@ def time_trainer(name, args, device, teacher, compiled=False):
     skip, group, steps = steps_of(args)
     clock, found = Clock(device, skip, group), {}
     with tempfile.TemporaryDirectory() as folder:
+        if args.batch_size > IMAGES:
+            raise run.UserError(f"--batch-size {args.batch_size}: at most {IMAGES} here")
         per_epoch = min(steps, IMAGES // args.batch_size)
         length = ["--dataset", "shapes", "--image-size", "32"]
         length += ["--limit", str(args.batch_size * per_epoch + 20)]
@@ -114,7 +116,7 @@ def time_trainer(name, args, device, teacher, compiled=False):
             length += ["--steps", str(steps)]
         else:
             epochs = str(-(-steps // per_epoch))
-            length += ["--epochs", epochs, "--eval-every", epochs]
+            length += ["--epochs", epochs, "--eval-every", epochs, "--save-every", epochs]
         words = [
             *(str(teacher) if word == "{teacher}" else word for word in options), *length,
             "--arch", args.arch, "--batch-size", str(args.batch_size), "--device", str(device),

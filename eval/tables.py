@@ -6,10 +6,10 @@
     python eval/tables.py runs/*/last.adversarial.json --scatter clean,apgd-ce trade-off.svg
 
 Checkpoints that differ in nothing but the seed form a row: mean +- sample standard deviation over
-the seeds, and their number n. A column that some of them lack is over those that have it. A row is
-named by the fewest options that tell the rows apart. The same network counts once, however many
-files hold it. A folder gives a table for each kind of evaluation and each setting below it. Files
-that are named must belong into one table.
+the seeds, and their number n. A cell that some seeds lack says how many have it. A row is named by
+the fewest options that tell the rows apart. The same network counts once, however many files hold
+it. A folder gives a table for each kind of evaluation and each setting below it. Files that are
+named must belong into one table.
 """
 
 import json
@@ -145,13 +145,19 @@ def is_percent(column):
     return found and "%" not in column
 
 
+def cell(values):
+    """Mean and deviation of the values that are there; of how many, where some are not."""
+    known = [value for value in values if value is not None]
+    count = f" ({len(known)} of {len(values)})" if 0 < len(known) < len(values) else ""
+    return run.mean_sd(known) + count
+
+
 def rows_of(columns, titles, groups, *, per_seed):
     """The rows of a table: title, mean +- deviation of each column, n; below it each seed."""
     rows = []
     for title, (_, entries) in zip(titles, groups, strict=True):
         cells = [[lookup(entry, keys) for entry in entries] for keys in columns.values()]
-        known = [[value for value in values if value is not None] for values in cells]
-        rows.append([title, *map(run.mean_sd, known), len(entries)])
+        rows.append([title, *map(cell, cells), len(entries)])
         for i, entry in enumerate(entries if per_seed else ()):
             numbers = ["-" if values[i] is None else values[i] for values in cells]
             rows.append([f"  seed {entry.get('options', {}).get('seed', i)}", *numbers, ""])

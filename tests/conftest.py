@@ -16,7 +16,7 @@ SHARED = Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
 def pytest_configure(config):
     """On a machine with a GPU, too, the suite computes on the CPU, where runs repeat bit for bit.
     `pytest -m gpu` runs the tests that need one."""
-    if "gpu" not in (config.option.markexpr or ""):
+    if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -8,7 +8,7 @@ import ct
 import fixup_penalty
 import nofrost
 from common import run
-from common.run.device import LONG, wants_compiled
+from common.run.device import LONG, refuse_graphs_twice, wants_compiled
 
 TINY = ["--dataset", "shapes", "--limit", "64", "--batch-size", "16", "--epochs", "2",
         "--eval-every", "1", "--device", "cpu", "--overwrite", "--compile", "--val-size",
@@ -61,15 +61,17 @@ def test_compile_is_the_default_of_long_trainings_on_a_gpu(monkeypatch):
             assert wants_compiled({"compile": True}, device, 1)
             assert not wants_compiled({"compile": False}, device, LONG)
         assert not wants_compiled({"compile": None, "capture": True}, gpu, LONG)
-        assert wants_compiled({"compile": True, "capture": True}, cpu, LONG)
+    both = vars(nofrost.parse_args(["--dataset", "shapes", "--compile"]))
+    refuse_graphs_twice(both, cpu)
     with pytest.raises(run.UserError, match="add --no-capture"):
-        wants_compiled({"compile": True, "capture": True}, gpu, 1)
+        refuse_graphs_twice(both, gpu)
 
 
 def test_nofrost_captures_attacks_alone():
     """Without an attack there is nothing to capture, and the network may be compiled."""
     assert nofrost.parse_args(["--dataset", "shapes"]).capture
     assert not nofrost.parse_args(["--dataset", "shapes", "--lam", "0"]).capture
+    assert not nofrost.parse_args(["--dataset", "shapes", "--attack-mode", "train"]).capture
 
 
 def test_kernels_are_launched_together_on_one_gpu(monkeypatch):

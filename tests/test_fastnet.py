@@ -228,10 +228,13 @@ def test_eot_attacks_the_mean_of_many_passes():
 @pytest.fixture
 def recorded(monkeypatch):
     """CUDA graphs pretended on a CPU: what was recorded runs again."""
-    made = []
+    made, streams = [], []
 
     def record(function, stream):
         made.append(function)
+        streams.append(stream)
+        pairs = zip(streams[::2], streams[1::2], strict=False)
+        assert all(forward is backward for forward, backward in pairs)  # autograd wants it
         replay = torch.enable_grad()(function)
         replay()
         return replay
@@ -298,15 +301,18 @@ def test_capture_watches_this_thread_alone(monkeypatch):
         def replay(self):
             pass
 
+    entered = []
     monkeypatch.setattr(torch.cuda, "current_stream", Fake)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda s: entered.append(s) or contextlib.nullcontext()
+    )
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Fake)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     calls = []
     side = Fake()
     fastnet.record(lambda: calls.append(1), side)()
     assert options == [{"stream": side, "capture_error_mode": "thread_local"}]
-    assert len(calls) == 2
+    assert len(calls) == 2 and entered == [side]
 
 
 def test_a_failed_capture_is_one_line(monkeypatch):

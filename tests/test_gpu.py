@@ -17,6 +17,7 @@ import nofrost
 from common import attacks, data, models, run
 from common.data import shapes
 from common.models.spread_norm import SpreadBatchNorm
+from common.run.errors import out_of_memory
 from eval import adversarial, corruptions, smoothness
 
 pytestmark = [
@@ -129,12 +130,14 @@ def test_spread_batch_norm_is_that_of_torch(dtype):
         weight, bias = (v.detach().clone().requires_grad_() for v in affine)
         running = torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")
         torch.cuda.set_sync_debug_mode("error")
-        if spread:
-            out = SpreadBatchNorm.apply(a, weight, bias, *running, 0.1, 1e-5)
-        else:
-            out = F.batch_norm(a, *running, weight, bias, training=True, eps=1e-5)
-        out.backward(grad)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            if spread:
+                out = SpreadBatchNorm.apply(a, weight, bias, *running, 0.1, 1e-5)
+            else:
+                out = F.batch_norm(a, *running, weight, bias, training=True, eps=1e-5)
+            out.backward(grad)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         found.append((out, a.grad, weight.grad, bias.grad, *running))
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype
@@ -167,6 +170,7 @@ def test_compiled_training_on_a_gpu(tmp_path, capsys):
     words = [*TINY, *options, "--compile", "--out", str(tmp_path / "run")]
     script.main(script.parse_args(words))
     assert "CT" in capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_cpu_and_gpu_learn_the_same(tmp_path):
@@ -205,8 +209,10 @@ def test_out_of_memory_on_a_gpu_names_the_batch(tmp_path):
              "--image-size", "32", "--out", str(tmp_path / "run")]  # fmt: skip
     torch.cuda.set_per_process_memory_fraction(0.05)
     try:
-        with pytest.raises((torch.OutOfMemoryError, run.UserError)):
-            ct.main(ct.parse_args(words))
+        args = ct.parse_args(words)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            ct.main(args)
+        assert "--batch-size 9000" in out_of_memory(caught.value, vars(args))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

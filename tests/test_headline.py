@@ -98,6 +98,7 @@ def fake(tmp_path, monkeypatch):
     """A table "fake" of the two scripts above, and a function that gives it other trainings."""
     (tmp_path / "train.py").write_text(FAKE)
     (tmp_path / "evaluate.py").write_text(FAKE_EVALUATION)
+    monkeypatch.setattr(headline_report, "LEAST", 1)
 
     def make(runs, rows, chart=("error", "clean")):
         runs = {name: f"{tmp_path}/train.py {options}" for name, options in runs.items()}
@@ -385,3 +386,10 @@ def test_rings_and_joined_points(tmp_path):
     text = (tmp_path / "x.svg").read_text()
     assert text.count("<circle") == 5 and text.count('fill="none" stroke="#') == 2
     assert text.count("stroke-dasharray") == 1 and "T Rings: a" in text
+
+
+def test_few_points_are_no_figure(tmp_path):
+    rows = [{"row": f"row {i}", "seeds": {"0": {"c": i, "r": i}}} for i in range(3)]
+    content = {"rows": rows, "title": "T", "chart": ["c", "r"]}
+    assert not headline_report.draw(content, tmp_path / "x.svg")
+    assert not list(tmp_path.iterdir())

@@ -259,4 +259,4 @@ def test_a_column_that_a_seed_lacks_is_over_the_others(tmp_path):
     numbers = [{"clean error": 10.0, "pgd": 50.0}, {"clean error": 12.0, "pgd": None}]
     columns = {name: (name,) for name in numbers[0]}
     (row,) = tables.rows_of(columns, ["net"], [({}, numbers)], per_seed=False)
-    assert row == ["net", "11.00 +- 1.41", "50.00", 2]
+    assert row == ["net", "11.00 +- 1.41", "50.00 (1 of 2)", 2]

@@ -354,7 +354,7 @@ def record(function, stream):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"no CUDA graph of this network ({first}): use --no-capture") from error
     return graph.replay
 

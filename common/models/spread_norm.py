@@ -2,7 +2,6 @@
 
 An exchange takes the host half a millisecond on one machine, whatever its size, and the others
 wait. So the forward pass has one, for mean and variance together, and so has the backward pass.
-The kernels are those of nn.BatchNorm2d.
 """
 
 import torch
@@ -43,9 +42,8 @@ class SpreadBatchNorm(torch.autograd.Function):
         The kernel takes this process's own means instead. So what they differ by is added."""
         x, weight, mean, var = ctx.saved_tensors
         rstd = (var + ctx.eps).rsqrt()
-        wanted = [True, True, True]
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, mean, rstd, train=True, eps=ctx.eps, output_mask=wanted
+            grad, x, weight, mean, var, mean, rstd, train=True, eps=ctx.eps, output_mask=[True] * 3
         )
         own = torch.stack([dweight, dbias])
         missing = own * (run.world() / ctx.count) - run.gathered(own).sum(0) / ctx.count

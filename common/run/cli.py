@@ -310,7 +310,8 @@ def add_arguments(parser, defaults=None):
     )  # fmt: skip
     group.add_argument(
         "--compile", action=Flag,
-        help=f"torch.compile the networks (default: on a GPU, in trainings from {LONG} steps on)",
+        help=f"torch.compile the networks (default: on a GPU, in trainings from {LONG} steps on, "
+        "without --capture)",
     )  # fmt: skip
     group.add_argument(
         "--log-every", type=positive(int), default=50, metavar="STEPS",

@@ -59,20 +59,20 @@ def device_name(device):
 
 
 def wants_compiled(options, device, steps):
-    """Whether a network is compiled: by --compile; else in a training on a GPU that is long enough
-    to win back the time that compiling takes.
+    """Whether a network is compiled: by --compile, else in a training of LONG steps on a GPU.
 
-    Raises UserError for a compiled network beside attacks that are CUDA graphs, which --capture
-    makes. On an H100 such runs ended in a launch failure. The cause is not proved; torch.compile
-    frees cuBLAS's workspaces, which the attack's graphs may go on to use.
-    """
-    wish, gpu = options.get("compile"), device.type == "cuda"
-    captured = gpu and options.get("capture", False)
-    if wish and captured:
-        raise UserError("--compile and --capture: not both on a GPU; add --no-capture")
+    Not beside attacks that are CUDA graphs (--capture): such runs ended in a launch failure."""
+    wish = options.get("compile")
     if wish is None:
-        return gpu and steps >= LONG and not captured and can_compile(device)
+        captured = options.get("capture", False)
+        return device.type == "cuda" and steps >= LONG and not captured and can_compile(device)
     return wish
+
+
+def refuse_graphs_twice(options, device):
+    """UserError for --compile beside --capture on a GPU."""
+    if options.get("compile") and options.get("capture") and device.type == "cuda":
+        raise UserError("--compile and --capture: not both on a GPU; add --no-capture")
 
 
 def compiled(model, device):

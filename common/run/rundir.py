@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.checkpoint import load_checkpoint, older, on_host, save_checkpoint, versions
-from common.run.device import device_name, rank, wait, world
+from common.run.device import device_name, rank, refuse_graphs_twice, wait, world
 from common.run.errors import Diverged, UserError
 from common.run.pictures import show_batch
 from common.run.progress import Progress, Remaining
@@ -77,6 +77,8 @@ class RunDir:
         self._writers = {}
         self._steps = {}
         self._log = self._lock = None
+        if precision:
+            refuse_graphs_twice(self.options, precision.device)
         batch = self.options.get("batch_size", 0)
         if batch % world():
             raise UserError(
