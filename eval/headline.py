@@ -198,7 +198,7 @@ def trained_on(folder):
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         begun = [line for line in lines if line.get("event") in ("start", "resume")]
-        return {name: begun[-1].get(name, "unknown") for name in ("device", "torch", "git")}
+        return {name: begun[-1].get(name, "not recorded") for name in ("device", "torch", "git")}
     return {}
 
 

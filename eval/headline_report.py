@@ -75,12 +75,12 @@ def trained_on(content):
     """The sentence that counts the trainings by device; "" where no log names a GPU. A training
     of which several rows show a network counts once."""
     devices = {
-        (row.get("run", row["row"]), seed): about.get("device", "unknown")
+        (row.get("run", row["row"]), seed): about.get("device", "not recorded")
         for row in content["rows"]
         for seed, about in row.get("trained", {}).items()
     }
     counts = Counter(devices.values())
-    if set(counts) <= {"cpu", "unknown"}:
+    if set(counts) <= {"cpu", "not recorded"}:
         return ""
     return f"Trained on: {', '.join(f'{name} ({n})' for name, n in sorted(counts.items()))}."
 
