@@ -148,15 +148,8 @@ def add_train(commands):
 
 def add_steps(part):
     """The options of timed steps."""
-    every = list(speed_train.TRAINERS)
     add = part.add_argument
-    add(
-        "--trainers",
-        type=names_of(speed_train.TRAINERS),
-        default=every,
-        metavar="A,B",
-        help="rows of the table",
-    )
+    add_names(part, "--trainers", speed_train.TRAINERS, "rows of the table")
     add("--arch", default="wrn16-1", help="network of all trainers")
     add("--batch-size", type=run.positive(int), default=128, help="images of a step")
     add("--group", type=run.positive(int), default=3, help="steps that are timed together")
@@ -174,20 +167,18 @@ def add_gpu(commands):
     add_steps(part)
     part.set_defaults(function=speed_gpu.time_gpu, arch="wrn40-2", group=20)
     add = part.add_argument
-    every = list(speed_gpu.PARTS)
-    add(
-        "--parts",
-        type=names_of(speed_gpu.PARTS),
-        default=every,
-        metavar="A,B",
-        help="of the page, in this order",
-    )
+    add_names(part, "--parts", speed_gpu.PARTS, "of the page, in this order")
     add("--minutes", type=run.positive(float), default=10.0, help="after which no part begins")
     add("--large-arch", default="wrn28-10", help="network held against the rate of a product")
     add("--attack-arch", default="resnet18", help="network under attack")
     add("--attack-batch", type=run.positive(int), default=128, help="images under attack")
     add("--corrupted", type=run.positive(int), default=256, help="images to corrupt")
     add("--data-dir", default="data", help="where CIFAR-10 is looked for")
+
+
+def add_names(part, option, known, words):
+    """An option that lists names; all of them by default."""
+    part.add_argument(option, type=names_of(known), default=list(known), metavar="A,B", help=words)
 
 
 def names_of(known):
