@@ -13,7 +13,8 @@ so. The next call tries it again.
 
 Every job has one thread; --jobs says how many run side by side. Cells are mean +- sample standard
 deviation over n seeds. A column that a paper reports stands twice, "paper" and "here". The results
-go to <out>/headline_<table>_<scale>.json, .md and, where the table has a figure, .svg.
+go to <out>/headline_<table>_<scale>.json, .md and, where the table has a figure, .svg. Numbers that
+the JSON there already holds stay until this machine has measured the same row and seed itself.
 """
 
 import contextlib
@@ -403,23 +404,50 @@ def failure(args, scale, row, seed):
     return None
 
 
+def published_rows(args, name, scale):
+    """{(title, command, seed): (numbers, "trained")} of the results file that stands in --out.
+
+    {} where its evaluations are not those of today."""
+    content = read_json(args.out / f"headline_{name}_{args.scale}.json") or {}
+    if content.get("evaluations") != scale.evaluations:
+        return {}
+    return {
+        (row["row"], row["command"], seed): (numbers, row.get("trained", {}).get(seed, {}))
+        for row in content["rows"]
+        for seed, numbers in row["seeds"].items()
+    }
+
+
+def known(numbers):
+    return sum(value is not None for value in numbers.values())
+
+
 def collect(args, name, table, rows, seeds):
-    """What the JSON file holds: the numbers of every row, column and seed, and the commands."""
+    """What the JSON file holds: the numbers of every row, column and seed, and the commands.
+
+    The results file in --out keeps its numbers of a row and seed as long as it knows more of them
+    than the trainings here. So several machines may share the rows of a table."""
     scale = table.scales[args.scale]
+    published = published_rows(args, name, scale)
     found = []
     for row in rows:
         numbers, failures, trained = {}, {}, {}
+        command = f"python {scale.runs[row.run]}"
         for seed in range(seeds):
             values = numbers_of(args, scale, row, seed)
-            if any(v is not None for v in values.values()):
-                numbers[str(seed)] = values
-                trained[str(seed)] = trained_on(run_folder(args, row.run, seed))
             reason = failure(args, scale, row, seed)
+            old, about = published.get((row.title, command, str(seed)), ({}, {}))
             if reason:
                 failures[str(seed)] = reason
+            if reason or known(values) >= known(old):
+                about = trained_on(run_folder(args, row.run, seed))
+            else:
+                values = {column: old.get(column) for column in scale.columns}
+            if known(values):
+                numbers[str(seed)], trained[str(seed)] = values, about
         found.append(
             {
-                "row": row.title, "run": row.run, "command": f"python {scale.runs[row.run]}",
+                "row": row.title, "run": row.run, "command": command,
                 "paper": row.paper or {}, "seeds": numbers, "failed": failures, "trained": trained,
             }
         )  # fmt: skip

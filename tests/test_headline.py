@@ -129,6 +129,28 @@ def test_runs_what_is_missing_and_writes_the_table(fake, tmp_path, capsys):
     assert headline.main(headline.parse_args(["--runs", str(tmp_path / "runs")]))[0][2] == "done"
 
 
+def test_published_numbers_stay_until_they_are_measured_here(fake, tmp_path):
+    """A row, by the same command, that another machine published; failures here are not hidden."""
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    args = headline.parse_args(fake({"a": "--value 10", "b": "--value 20"}, rows))
+    headline.main(args)
+
+    def errors(argv):
+        content = headline.main(headline.parse_args(argv))
+        return [[v["error"] for v in row["seeds"].values()] for row in content["rows"]]
+
+    line = fake({"a": "--value 10", "b": "--value 30"}, rows)  # another command of b
+    elsewhere = [*line, "--runs", str(tmp_path / "elsewhere"), "--seeds", "1"]
+    assert errors([*elsewhere, "--rows", "B"]) == [[10.0, 11.0], [30.0]]
+    content = json.loads((tmp_path / "headline_fake_small.json").read_text())
+    content["rows"][1]["seeds"]["0"]["error"] = 77.0  # known here, so it is measured again
+    (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
+    assert errors([*elsewhere, "--rows", "B"]) == [[10.0, 11.0], [30.0]]
+    line = fake({"a": "--value 10", "b": "--value 30 --fail 0"}, rows)
+    elsewhere = [*line, "--runs", str(tmp_path / "third"), "--seeds", "1"]
+    assert errors([*elsewhere, "--rows", "B"]) == [[10.0, 11.0], []]
+
+
 def test_where_numbers_stand(tmp_path):
     args = headline.parse_args(["question", "--runs", str(tmp_path)])
     row = Row("a", "a", "net", options={"e": "--gamma 0.5"})
