@@ -222,7 +222,18 @@ def of_headline(content, name):
 
 def of_rows(content, rows, name):
     """Rows of numbers, one a network: eval/shortcut.py (the end of each curve) and growth.py."""
-    keys = ("norm", "network", "variant", "levels", "change", "depth", "seed", "data", "arch")
+    keys = (
+        "norm",
+        "network",
+        "variant",
+        "levels",
+        "change",
+        "depth",
+        "threads",
+        "seed",
+        "data",
+        "arch",
+    )
     entries = []
     for row in rows:
         numbers = {k: v for k, v in (row | row.get("curve", [{}])[-1]).items() if k not in keys}
