@@ -10,8 +10,9 @@ set "swapped" it is that of another class. A network that reads the grating then
 network that looks at the picture does not notice. So the swapped accuracy measures the reliance.
 
 Each network is one row {data, norm, levels, seed, ...} of a JSON file, written when it is finished.
-A run that was stopped goes on with the rows that are missing. `ct` is the student of ct.py with
-BatchNorm; its teacher is the network `none` of the same seed and size.
+A run that was stopped goes on with the rows that are missing. Table and figure hold the rows with
+the epochs and images asked for; seeds of different recipes are never averaged. `ct` is the student
+of ct.py with BatchNorm; its teacher is the network `none` of the same seed and size.
 
 What limits the study: one kind of pattern, drawn by us; one small architecture; one recipe for each
 normaliser. Networks without a normaliser train twice as long as those with one.
@@ -32,7 +33,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import data, models, run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = run.ROOT / "eval" / "results"
+RUNS = run.ROOT / "runs" / "shortcut"
 ARCH = "wrn10-1"
 
 
@@ -46,14 +48,14 @@ class Recipe(NamedTuple):
 
 
 LONG = {"none": Recipe(16, 0.2, 1.0), "nf": Recipe(16, 0.3, 1.0), "fixup": Recipe(16, 0.1, 1.0)}
-STUDIES = {  # recipes: of single networks; all others have `usual`
+STUDIES = {  # recipes: of single networks; all others have `usual`. all: its training images
     "shapes": {
-        "data": "shapes-shortcut", "limit": 0, "sizes": [3.0],
+        "data": "shapes-shortcut", "all": 10_000, "limit": 0, "sizes": [3.0],
         "norms": ["bn", "none", "gn", "ln", "in", "nf", "fixup"],
         "usual": Recipe(20), "recipes": {k: r._replace(epochs=20) for k, r in LONG.items()},
     },
     "cifar10": {
-        "data": "cifar10", "limit": 20_000, "sizes": [1.0, 2.0, 3.0, 0.0, 5.0, 4.0],
+        "data": "cifar10", "all": 50_000, "limit": 20_000, "sizes": [1.0, 2.0, 3.0, 0.0, 5.0, 4.0],
         "norms": ["bn", "none", "ct"],
         "usual": Recipe(8), "recipes": LONG,
     },
@@ -68,6 +70,7 @@ CHANGES = {  # of the study `recipe`: factors of the usual recipe
     "half the batch": {"batch_size": 0.5},
     "twice the batch": {"batch_size": 2},
 }
+KEYS = ("data", "norm", "levels", "change", *Recipe._fields, "images", "seed")  # of a row
 LAM = 20.0  # of CT, with the cosine of pooled features
 FEW = 1000  # test images of the accuracies before the end
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -84,24 +87,41 @@ def parse_args(argv=None):
     )
     parser.add_argument("--limit", type=run.nonnegative(int), help="training images; 0: all")
     parser.add_argument("--epochs", type=run.positive(int), help="of every network")
-    parser.add_argument("--json", type=Path, help="default: eval/results/shortcut_<study>.json")
+    parser.add_argument(
+        "--json", type=Path,
+        help="the rows (default: eval/results/shortcut_<study>.json; with other --epochs or "
+        "--limit a file below runs/shortcut)",
+    )  # fmt: skip
     parser.add_argument("--draw", action="store_true", help="draw the figure and train nothing")
     args = parser.parse_args(argv)
     study = STUDIES[args.study]
     args.norms = args.norms or study["norms"]
     args.sizes = args.sizes or study["sizes"]
     args.limit = study["limit"] if args.limit is None else args.limit
-    args.json = args.json or RESULTS / f"shortcut_{args.study}.json"
+    args.images = args.limit or study["all"]
+    args.json = args.json or default_json(args, study)
     known = {*models.NORMS, "ct"}
     if unknown := set(args.norms) - known:
         raise run.UserError(f"--norms {', '.join(sorted(unknown))}: choose from {sorted(known)}")
     return args
 
 
+def default_json(args, study):
+    """The published file of a study, or a file of its own for other epochs or images."""
+    epochs = f"-e{args.epochs}" if args.epochs else ""
+    images = "" if args.images == (study["limit"] or study["all"]) else f"-n{args.images}"
+    if epochs or images:
+        return RUNS / f"{args.study}{epochs}{images}.json"
+    return RESULTS / f"shortcut_{args.study}.json"
+
+
+def usual_recipe(norm, study):
+    return study["recipes"].get(norm, study["usual"])
+
+
 def recipe_of(norm, args, change="usual"):
     """The recipe of a network, with a change of the study `recipe`."""
-    study = STUDIES[args.study]
-    recipe = study["recipes"].get(norm, study["usual"])
+    recipe = usual_recipe(norm, STUDIES[args.study])
     if args.epochs:
         recipe = recipe._replace(epochs=args.epochs)
     kinds = {"epochs": int, "lr": float, "batch_size": int}
@@ -176,23 +196,41 @@ def train(norm, seed, dataset, recipe, precision, teacher=None):
 
 
 def read(path):
-    """The finished rows of a JSON file; [] where there is none."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    """The finished rows of a JSON file, [] where there is none. UserError where it is broken."""
+    if not path.is_file():
+        return []
+    try:
+        return [completed(row) for row in json.loads(path.read_text())["rows"]]
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise run.UserError(f"{path}: holds no rows of this study; give --json elsewhere") from None
 
 
-def write(path, rows, args):
-    """The file as a whole, so that a stopped run leaves the old one or the new one."""
+def completed(row):
+    """A row with all of KEYS. Older rows lack change and recipe: theirs were those of the study."""
+    study = next(s for s in STUDIES.values() if s["data"] == row["data"])
+    return {"change": "usual", **usual_recipe(row["norm"], study)._asdict(), **row}
+
+
+def add(row, path, args):
+    """Add a row to the file. The rows before it stay as they are."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     about = {"command": f"python eval/shortcut.py {args.study}", "arch": ARCH, "lam": LAM}
-    about["versions"] = run.versions()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    fresh.replace(path)
+    run.write_json(path, about | {"versions": run.versions(), "rows": [*rows, row]})
 
 
 def key_of(row):
-    change = row.get("change", "usual")
-    return row["norm"], float(row["levels"]), row["seed"], row["epochs"], row["images"], change
+    """What no two rows share; without its end, the seed, what a mean is over."""
+    return tuple(row[key] for key in KEYS)
+
+
+def asked_for(row, args):
+    """Whether a row has the data, the images and the recipe of the study on the command line."""
+    changes = CHANGES if args.study == "recipe" else ("usual",)
+    return (
+        (row["data"], row["images"]) == (STUDIES[args.study]["data"], args.images)
+        and row["change"] in changes
+        and [row[k] for k in Recipe._fields] == [*recipe_of(row["norm"], args, row["change"])]
+    )
 
 
 def teacher_for(levels, seed, dataset, args, precision):
@@ -212,25 +250,22 @@ def teacher_for(levels, seed, dataset, args, precision):
 
 def markdown(rows):
     """A table of what the rows say at their end: accuracy in %, mean +- deviation over seeds."""
-    ends = {}
+    groups = {}
     for row in rows:
-        about = row.get("change", "usual"), row["levels"], row["norm"]
-        ends.setdefault(about, []).append(row["curve"][-1])
-    recipes = len({change for change, _, _ in ends}) > 1
+        groups.setdefault(key_of(row)[:-1], []).append(row)
     order = {change: place for place, change in enumerate(CHANGES)}
+    recipes = len({row["change"] for row in rows}) > 1
+    lines = []
+    for found in sorted(groups.values(), key=lambda g: (order[g[0]["change"]], g[0]["levels"])):
+        first, ends = found[0], [row["curve"][-1] for row in found]
+        cells = [first["change"]] if recipes else []
+        cells += [f"{first['levels']:g}", f"`{first['norm']}`"]
+        for name in ("clean", "without", "swapped"):
+            cells.append(run.mean_sd([end[name] for end in ends], 1))
+        lines.append([*cells, len(found)])
     header = ["recipe"] if recipes else []
     header += ["grey levels", "network", "clean", "grating removed", "grating swapped", "seeds"]
-    lines = [header, ["---"] * len(header)]
-    for about, found in sorted(ends.items(), key=lambda end: (order[end[0][0]], end[0][1])):
-        change, levels, norm = about
-        cells = [change] if recipes else []
-        cells += [f"{levels:g}", f"`{norm}`"]
-        for name in ("clean", "without", "swapped"):
-            values = [end[name] for end in found]
-            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append([*cells, str(len(found))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return run.format_table(lines, header, "markdown")
 
 
 def figure(rows, study, path):
@@ -295,19 +330,24 @@ def main(args):
     for seed, levels, change, norm in () if args.draw else wanted:
         row = {"data": study["data"], "norm": norm, "levels": levels, "seed": seed}
         row |= {"change": change, **recipe_of(norm, args, change)._asdict()}
-        row["images"] = args.limit or 10_000
+        row["images"] = args.images
         if key_of(row) in finished:
             continue
         if loaded != levels:
             options = {"limit": args.limit, "shortcut_levels": levels}
             dataset, loaded = data.load(study["data"], args.data_dir, **options), levels
+            if (count := len(dataset.train)) != args.images:
+                raise run.UserError(f"{study['data']}: {count} images here; give --limit {count}")
         row |= train_row(row, dataset, args, precision)
-        write(args.json, [*read(args.json), row], args)
+        add(row, args.json, args)
         ends = "  ".join(f"{k} {v:.2f}" for k, v in row["curve"][-1].items())
         print(f"{norm}, {levels:g} levels, {change}, seed {seed}: {ends}", flush=True)
-    rows = read(args.json)
+    every = read(args.json)
+    rows = [row for row in every if asked_for(row, args)]
     if not rows:
         raise run.UserError(f"{args.json}: no finished network to draw; run without --draw first")
+    if len(rows) < len(every):
+        print(f"{len(every) - len(rows)} rows of other epochs, images or recipes are left out")
     print(f"\naccuracy in %, mean +- standard deviation over seeds\n\n{markdown(rows)}")
     figure(rows, args.study, args.json.with_suffix(".svg"))
     print(f"figure: {args.json.with_suffix('.svg')}")

@@ -139,7 +139,7 @@ def test_numbers_of_plain_shapes_are_those_of_the_file():
         assert expected in text("eval/results/README.md")
 
 
-@pytest.mark.parametrize("study", ["shapes", "cifar10"])
+@pytest.mark.parametrize("study", ["shapes", "cifar10", "recipe"])
 def test_numbers_of_the_shortcut_are_those_of_the_files(study):
     rows = shortcut.read(RESULTS / f"shortcut_{study}.json")
     assert shortcut.markdown(rows) in text("eval/results/README.md")

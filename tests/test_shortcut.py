@@ -1,6 +1,8 @@
 """The class-dependent grating: its size, what it leaves alone, and what it survives."""
 
 import argparse
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +119,81 @@ def test_a_changed_recipe_is_the_usual_one_but_for_one_number():
     assert study.recipe_of("none", args, "half the epochs") == usual._replace(epochs=8)
     assert study.recipe_of("none", args, "twice the rate") == usual._replace(lr=0.4)
     assert study.recipe_of("none", args, "half the batch") == usual._replace(batch_size=64)
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """The recipes that main trains, in order. Nothing is: the end of a curve tells its seed."""
+    recipes = []
+
+    def train(norm, seed, dataset, recipe, precision, teacher=None):
+        recipes.append((norm, seed, recipe))
+        end = {"clean": 90.0 + seed, "without": 70.0 + seed, "swapped": 60.0 - seed}
+        return torch.nn.Linear(1, 1), [{"step": recipe.epochs, "loss": 1.0} | end]
+
+    def load(name, data_dir, limit, shortcut_levels):
+        return SimpleNamespace(train=range(limit or 50_000))
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study.data, "load", load)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    return recipes
+
+
+def start(line):
+    study.main(study.parse_args(line.split()))
+
+
+def test_a_stopped_run_goes_on(trained, tmp_path, capsys):
+    start("cifar10 --norms bn --sizes 1 --seeds 1")
+    start("cifar10 --norms bn --sizes 1,2 --seeds 2")
+    assert [seed for _, seed, _ in trained] == [0, 0, 1, 1]
+    rows = study.read(tmp_path / "results" / "shortcut_cifar10.json")
+    assert sorted((row["levels"], row["seed"]) for row in rows) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert "| 1 | `bn` | 90.5 +- 0.7 | 70.5 +- 0.7 | 59.5 +- 0.7 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ["--epochs 1", "--limit 256", "--limit 0"])
+def test_another_recipe_is_a_file_and_rows_of_its_own(trained, tmp_path, options, capsys):
+    """Also where both are in one file, and where 0 stands for all images."""
+    line = "cifar10 --norms bn --sizes 1"
+    start(f"{line} --seeds 3")
+    published = tmp_path / "results" / "shortcut_cifar10.json"
+    before = published.read_text()
+    start(f"{line} --seeds 1 {options}")
+    assert published.read_text() == before and len(trained) == 4
+    start(f"{line} --seeds 1 {options} --json {published}")
+    out = capsys.readouterr().out
+    assert "3 rows of other epochs, images or recipes are left out" in out
+    assert out.count("| 1 | `bn` | 90.0 | 70.0 | 60.0 | 1 |") == 2
+    rows = study.read(published)
+    assert [row["images"] for row in rows[:3]] == [20_000] * 3
+    assert rows[3]["images"] == {"--limit 256": 256, "--limit 0": 50_000}.get(options, 20_000)
+    start(f"{line} --draw")
+    assert "| 1 | `bn` | 91.0 +- 1.0 |" in capsys.readouterr().out
+    assert study.markdown(rows).count("`bn`") == 2
+
+
+def test_rows_of_an_earlier_version_have_the_recipe_of_the_study(trained, tmp_path):
+    path = tmp_path / "results" / "shortcut_cifar10.json"
+    start("cifar10 --norms none --sizes 1 --seeds 2")
+    content = json.loads(path.read_text())
+    for key in ("change", "lr", "clip", "batch_size"):
+        del content["rows"][0][key]
+    path.write_text(json.dumps(content))
+    start("cifar10 --norms none --sizes 1 --seeds 2")
+    assert len(trained) == 2 and len({study.key_of(row)[:-1] for row in study.read(path)}) == 1
+
+
+def test_a_part_of_a_data_set_is_not_taken_for_all(trained, monkeypatch):
+    monkeypatch.setattr(study.data, "load", lambda *args, **options: SimpleNamespace(train="few"))
+    with pytest.raises(UserError, match="cifar10: 3 images here; give --limit 3"):
+        start("cifar10 --limit 0")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [1]}', '{"rows": [{"data": "x"}]}'])
+def test_a_broken_file_of_rows_is_one_line(trained, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match="holds no rows of this study"):
+        start(f"shapes --draw --json {tmp_path / 'a.json'}")

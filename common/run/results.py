@@ -241,12 +241,12 @@ def latex(text):
     return text.replace("+-", r"$\pm$")
 
 
-def mean_sd(values):
+def mean_sd(values, digits=2):
     """ "mean +- sample standard deviation"; the mean alone for one value; "-" if one is None."""
     if not values or None in values:
         return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def row_titles(options):
