@@ -61,7 +61,12 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0).add_argument
     add("--scalar-lr", type=positive(float), default=0.1, help="share of --lr for its scalars")
-    add("--schedule", default="cosine", choices=["cosine", "steps"], help="x0.1 at 1/2 and 3/4")
+    add(
+        "--schedule",
+        default="cosine",
+        choices=["cosine", "steps"],
+        help="steps: x0.1 at 1/2 and 3/4",
+    )
     add("--mixup", type=nonnegative(float), default=0.0, help="alpha of mixup; 0 is none")
     add = parser.add_argument_group("method").add_argument
     add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")

@@ -29,6 +29,7 @@ are more than 1 % of the images found there is no table. Each finished batch is 
 of an uninterrupted evaluation.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -161,31 +162,31 @@ class State:
 
     def __init__(self, folder, settings, resume, overwrite):
         self.folder, path = Path(folder), Path(folder) / "settings.json"
-        if overwrite and self.folder.is_dir():
+        begun = self.folder.is_dir()
+        old = self.read(path)
+        if begun and (overwrite or old is None):  # without settings nobody knows what is in it
             shutil.rmtree(self.folder, ignore_errors=True)
-        if path.is_file():
+        elif begun:
             if not resume:
                 raise run.UserError(
                     f"{self.folder} holds an unfinished evaluation: --resume to go on with it, "
                     "--overwrite to forget it"
                 )
-            self.compare(path, settings)
+            self.compare(old, settings)
             return
-        if resume:
+        if resume and not begun:
             raise run.UserError(f"--resume: there is no unfinished evaluation in {self.folder}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, indent=1) + "\n")
-        except OSError as error:
-            raise run.UserError(f"cannot write {self.folder}: {error.strerror}") from None
+        run.write_json(path, settings)
 
-    def compare(self, path, settings):
-        try:
+    @staticmethod
+    def read(path):
+        """The settings in a file; None where there are none."""
+        with contextlib.suppress(OSError, ValueError):
             old = json.loads(path.read_text())
-        except ValueError:
-            raise run.UserError(f"{path}: not JSON; --overwrite to begin again") from None
-        if not isinstance(old, dict):
-            raise run.UserError(f"{path}: holds no settings; --overwrite to begin again")
+            return old if isinstance(old, dict) else None
+        return None
+
+    def compare(self, old, settings):
         for key, value in json.loads(json.dumps(settings)).items():
             if old.get(key) != value:
                 raise run.UserError(

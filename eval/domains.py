@@ -191,12 +191,11 @@ def tabulate(entries):
     for title, seeds in zip(titles, groups.values(), strict=True):
         cells = []
         for column in columns:
-            values = [found[column] for found in seeds.values() if column in found]
-            cells.append(run.mean_sd(values) if values else "-")
+            cells.append(run.mean_sd([found.get(column) for found in seeds.values()]))
         if domains:  # over the domains first, for seeds that have all of them
             whole = [f for f in seeds.values() if len(f) == len(columns)]
             means = [statistics.mean(found.values()) for found in whole]
-            cells.append(run.mean_sd(means) if means else "-")
+            cells.append(run.mean_sd(means))
         rows.append([title, *cells, len(seeds)])
     return ["accuracy %", *columns, *(["average"] if domains else []), "seeds"], rows
 

@@ -36,7 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import data, run
 from eval import headline_report, headline_tables
 
-TOLD_TO_STOP = 75  # exit status of a training that left after a signal
+SIGNALS = [s for s in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, s)]
+NUMBERS = [getattr(signal, name) for name in SIGNALS]
+# Exit statuses of a training that left after a signal, of an evaluation, and of any process.
+TOLD_TO_STOP = {75, *(128 + n for n in NUMBERS), *(-n for n in NUMBERS)}
 POLL = 0.2  # seconds between two looks at the running jobs
 NAME = re.compile(r"\{([\w+-]+)\}")
 
@@ -100,8 +103,9 @@ class Job(NamedTuple):
     words: list  # the script and its arguments
     product: Path  # the run directory of a training, the JSON file of an evaluation
     needs: tuple  # keys of the trainings that it reads
-    trains: bool
+    command: str  # as the table has it; a product of another command does not count
     seed: int
+    trains: bool
 
 
 def run_folder(args, name, seed):
@@ -127,7 +131,7 @@ def training(args, scale, name, seed):
     words, needs = filled(scale.runs[name], args, seed, {"run": folder, "seed": seed})
     words += ["--seed", str(seed), "--data-dir", args.data_dir]
     words += ["--out", str(folder), "--resume", "auto"]
-    return Job(f"{name}-s{seed}", words, folder, needs, trains=True, seed=seed)
+    return Job(f"{name}-s{seed}", words, folder, needs, scale.runs[name], seed, trains=True)
 
 
 def result_file(args, row, name, seed):
@@ -137,15 +141,20 @@ def result_file(args, row, name, seed):
     return folder / f"{Path(row.file).stem}.{name}{own}.json"
 
 
+def evaluation_command(scale, row, name):
+    return f"{scale.evaluations[name]} {(row.options or {}).get(name, '')}".strip()
+
+
 def evaluation(args, scale, row, name, seed):
     folder = run_folder(args, row.run, seed)
     own = {"network": folder / row.file, "run": folder, "seed": seed}
-    command = f"{scale.evaluations[name]} {(row.options or {}).get(name, '')}"
+    command = evaluation_command(scale, row, name)
     words, needs = filled(command, args, seed, own)
     product = result_file(args, row, name, seed)
     words += ["--data-dir", args.data_dir, "--json", str(product)]
     key = f"{row.run}-s{seed} {product.stem}"
-    return Job(key, words, product, (f"{row.run}-s{seed}", *needs), trains=False, seed=seed)
+    needs = (f"{row.run}-s{seed}", *needs)
+    return Job(key, words, product, needs, command, seed, trains=False)
 
 
 def trainings_of(scale, row):
@@ -155,8 +164,8 @@ def trainings_of(scale, row):
 
 
 def all_jobs(args, scale, rows, seeds):
-    """{key: Job} of rows and seeds. A training stands after those that it needs and before its
-    evaluations."""
+    """{key: Job} of rows and several seeds. A training stands after those that it needs and before
+    its evaluations."""
     jobs = {}
 
     def add_training(name, seed):
@@ -166,7 +175,7 @@ def all_jobs(args, scale, rows, seeds):
                 add_training(need.removesuffix(f"-s{seed}"), seed)
         jobs.setdefault(job.key, job)
 
-    for seed in range(seeds):
+    for seed in seeds:
         for row in rows:
             for name in trainings_of(scale, row):
                 add_training(name, seed)
@@ -192,21 +201,32 @@ def final_numbers(folder):
     return None
 
 
-def trained_on(folder):
-    """{"device", "torch", "git"} of the process that ended a training; {} where it is not known.
+def trained_on(folders):
+    """{"device", "torch", "git"} of the processes that trained in the folders.
 
     Logs from before 2026-11-26 do not name the device."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        begun = [line for line in lines if line.get("event") in ("start", "resume")]
-        return {name: begun[-1].get(name, "not recorded") for name in ("device", "torch", "git")}
-    return {}
+    begun = []
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+            begun += [line for line in lines if line.get("event") in ("start", "resume")]
+    names = ("device", "torch", "git") if begun else ()
+    found = {
+        name: dict.fromkeys(line.get(name, "not recorded") for line in begun) for name in names
+    }
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def made_by_another(product, command):
+    """Whether a product's own record says that the table had another command then."""
+    with contextlib.suppress(OSError):
+        return Path(f"{product}.command").read_text().strip() != command
+    return False
 
 
 def finished(job):
-    if job.trains:
-        return final_numbers(job.product) is not None
-    return read_json(job.product) is not None
+    content = final_numbers(job.product) if job.trains else read_json(job.product)
+    return content is not None and not made_by_another(job.product, job.command)
 
 
 def mark(job):
@@ -222,6 +242,7 @@ def start(job, args):
     mark(job).unlink(missing_ok=True)
     words = list(job.words)
     job.product.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{job.product}.command").write_text(f"{job.command}\n")
     if "adversarial.py" in words[0] and Path(f"{job.product}.state").is_dir():
         words.append("--resume")
     launcher = [sys.executable]
@@ -237,9 +258,31 @@ def start(job, args):
 
 
 def reason_of(job, status):
-    """Why a job failed: the last line of its log."""
+    """Why a job failed: the signal that killed it, else the last line of its log."""
+    if status < 0:
+        why = ": was there too little memory?" if status == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-status).name}{why}"
     lines = Path(f"{job.product}.log").read_text(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
+
+
+def told_to_stop(job, status):
+    """Whether a job left because of a signal. Under torchrun a stopped training leaves with 0."""
+    if status == 0 and job.trains and not finished(job):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            last = (job.product / "log.jsonl").read_text().splitlines()[-1]
+            return json.loads(last).get("event") == "stop"
+    return status in TOLD_TO_STOP
+
+
+def obstacle(job, failed):
+    """What keeps a job from being started, or None."""
+    broken = next((need for need in job.needs if need in failed), None)
+    if broken:
+        return f"needs {broken}, which failed"
+    if job.product.exists() and made_by_another(job.product, job.command):
+        return f"{job.product} was made by another command: move it away"
+    return None
 
 
 class Stopped(Exception):
@@ -254,10 +297,10 @@ def execute(jobs, args):
     try:
         while todo or running:
             for key, job in list(todo.items()):
-                broken = next((need for need in job.needs if need in failed), None)
-                if broken:
+                reason = obstacle(job, failed)
+                if reason:
                     del todo[key]
-                    fail(job, f"needs {broken}, which failed", failed)
+                    fail(job, reason, failed)
                 elif len(running) < args.jobs and not waits(job, todo, running):
                     del todo[key]
                     clock = run.clock(time.monotonic() - began)
@@ -268,7 +311,7 @@ def execute(jobs, args):
                 if status is None:
                     continue
                 del running[key]
-                if status == TOLD_TO_STOP or status < 0:
+                if told_to_stop(job, status):
                     raise Stopped(f"{key} was stopped")
                 reason = reason_of(job, status)
                 if status and "another process" in reason:  # it is at work on the same, unfailed
@@ -292,8 +335,9 @@ def waits(job, todo, running):
 def fail(job, reason, failed):
     failed[job.key] = reason
     print(f"failed: {job.key}: {reason}", flush=True)
-    mark(job).parent.mkdir(parents=True, exist_ok=True)
-    mark(job).write_text(reason + "\n")
+    if not reason.startswith("needs "):  # the mark of what it needs says it
+        mark(job).parent.mkdir(parents=True, exist_ok=True)
+        mark(job).write_text(reason + "\n")
 
 
 # --- dry run --------------------------------------------------------------------------------------
@@ -337,7 +381,7 @@ def dry_run_all(args):
     for name, table in headline_tables.TABLES.items():
         for size, scale in table.scales.items():
             own = run.changed(args, scale=size)
-            jobs = all_jobs(own, scale, scale.rows, args.seeds or scale.seeds)
+            jobs = all_jobs(own, scale, scale.rows, range(args.seeds or scale.seeds))
             for job in jobs.values():
                 check(job)
             if scale.dataset not in reasons:
@@ -364,43 +408,58 @@ def missing_data(name, data_dir):
 # --- the table ------------------------------------------------------------------------------------
 
 
-def number(args, row, path, seed):
+def number(args, scale, row, path, seed):
     """The number that a path of `Scale.columns` leads to, None where it is not there."""
     source, *keys = [k.format(stage=row.stage) if isinstance(k, str) else k for k in path]
     if source == "100 -":
-        value = number(args, row, keys, seed)
+        value = number(args, scale, row, keys, seed)
         return None if value is None else 100 - value
     if source.startswith("run"):
         name = source.removeprefix("run").strip() or row.run
-        content = final_numbers(run_folder(args, name, seed))
+        product, command = run_folder(args, name, seed), scale.runs[name]
+        content = final_numbers(product)
     else:
-        content = read_json(result_file(args, row, source, seed)) or {}
+        product = result_file(args, row, source, seed)
+        command = evaluation_command(scale, row, source)
+        content = read_json(product) or {}
         entry = keys.pop(0) if isinstance(keys[0], int) else 0
         content = dict(enumerate(content.get("checkpoints", []))).get(entry)
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
-    return content
+    return None if made_by_another(product, command) else content
+
+
+def diverged(args, row, seed):
+    """The step at which the network of a row diverged, None where it did not."""
+    final = final_numbers(run_folder(args, row.run, seed)) or {}
+    return final.get(f"diverged/{row.stage}")
 
 
 def numbers_of(args, scale, row, seed):
-    """{column: number or None} of a row."""
+    """{column: number or None}; networks that diverged or are of another command have none."""
+    foreign = made_by_another(run_folder(args, row.run, seed), scale.runs[row.run])
+    if foreign or diverged(args, row, seed) is not None:
+        return dict.fromkeys(scale.columns)
     found = {}
     for column, path in scale.columns.items():
         if path[0] == "mean":
             values = [found[name] for name in path[1:]]
             found[column] = None if None in values else statistics.mean(values)
         else:
-            found[column] = number(args, row, path, seed)
+            found[column] = number(args, scale, row, path, seed)
     return found
 
 
 def failure(args, scale, row, seed):
     """Why a row has no numbers for a seed, or None."""
-    jobs = [training(args, scale, name, seed) for name in trainings_of(scale, row)]
-    jobs += [evaluation(args, scale, row, name, seed) for name in scale.evaluations]
-    for job in jobs:
+    step = diverged(args, row, seed)
+    if step is not None:
+        return f"diverged at step {step:g}"
+    own = {f"{name}-s{seed}" for name in trainings_of(scale, row)}
+    for key, job in all_jobs(run.changed(args, evaluations=None), scale, [row], [seed]).items():
         if mark(job).is_file() and not finished(job):
-            return mark(job).read_text().strip()
+            foreign = job.trains and key not in own
+            return f"needs {key}, which failed" if foreign else mark(job).read_text().strip()
     return None
 
 
@@ -440,7 +499,8 @@ def collect(args, name, table, rows, seeds):
             if reason:
                 failures[str(seed)] = reason
             if reason or known(values) >= known(old):
-                about = trained_on(run_folder(args, row.run, seed))
+                names = trainings_of(scale, row)
+                about = trained_on([run_folder(args, name, seed) for name in names])
             else:
                 values = {column: old.get(column) for column in scale.columns}
             if known(values):
@@ -469,11 +529,16 @@ PLACES = ("data_dir", "out", "teacher")  # options that name a folder of the mac
 def write_checkpoints(args, rows):
     """Write the networks of the finished rows, seed 0, into <out>/checkpoints; returns the paths.
 
+    <run>.pt is last.pt of a training; its other files are <run>-<file>.
+
     A file is that of the training without the optimiser's state and without names of folders."""
     folder = args.out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    networks = {}
     for row in rows:
+        networks.setdefault((row.run, row.file), row)
+    paths = []
+    for row in networks.values():
         trained = run_folder(args, row.run, 0)
         if final_numbers(trained) is None:
             print(f"not finished: {row.title}")
@@ -482,7 +547,7 @@ def write_checkpoints(args, rows):
         network = {name: content[name] for name in NETWORK if name in content}
         network["args"] = {k: v for k, v in content["args"].items() if k not in PLACES}
         network["title"] = row.title
-        path = folder / f"{row.run}.pt"
+        path = folder / (f"{row.run}.pt" if row.file == "last.pt" else f"{row.run}-{row.file}")
         run.save_checkpoint(path, network)
         print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
         paths.append(path)
@@ -496,13 +561,12 @@ def state_of(args, name, table):
     """(words, minutes) of a table at the scale asked for."""
     scale = table.scales[args.scale]
     seeds = args.seeds or scale.seeds
-    names = {name for row in scale.rows for name in trainings_of(scale, row)}
-    runs = [(name, seed) for name in names for seed in range(seeds)]
-    done = sum(final_numbers(run_folder(args, r, seed)) is not None for r, seed in runs)
+    jobs = all_jobs(args, scale, scale.rows, range(seeds)).values()
+    done = sum(map(finished, jobs))
     published = read_json(args.out / f"headline_{name}_{args.scale}.json")
     words = "not begun"
     if done:
-        words = "done" if done == len(runs) else f"{done} of {len(runs)} runs"
+        words = "done" if done == len(jobs) else f"{done} of {len(jobs)} commands"
     elif published:
         count = sum(len(row["seeds"]) for row in published["rows"])
         words = f"published: {count} of {len(scale.rows) * seeds} rows x seeds"
@@ -556,7 +620,7 @@ def main(args):
     rows, seeds = chosen_rows(args, scale), args.seeds or scale.seeds
     if args.checkpoints:
         return write_checkpoints(args, rows)
-    jobs = all_jobs(args, scale, rows, seeds)
+    jobs = all_jobs(args, scale, rows, range(seeds))
     if args.dry_run:
         return dry_run(jobs, scale, args)
     stopped = None

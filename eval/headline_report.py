@@ -21,12 +21,6 @@ LEAST = 4  # points of a figure: fewer say no more than the table
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->)(.*?)(<!-- end of table -->)", re.S)
 
 
-def values_of(row, column):
-    """The numbers of a row of the JSON in a column, over the seeds that have one."""
-    values = (numbers.get(column) for numbers in row["seeds"].values())
-    return [v for v in values if v is not None]
-
-
 def lines_of(content):
     """(rows, header) of the table of a results file. A reported column stands twice, and rows that
     nothing is known of are left out; `caption` names them."""
@@ -40,7 +34,7 @@ def lines_of(content):
             continue
         line = [row["row"]]
         for column in content["columns"]:
-            values = values_of(row, column)
+            values = [numbers.get(column) for numbers in row["seeds"].values()]
             paper = row["paper"].get(column, "-")
             if column in reported:
                 line.append(f"{paper:g}" if isinstance(paper, (int, float)) else paper)
@@ -103,22 +97,30 @@ def draw(content, path):
     if len(points) >= LEAST:
         title = content["title"] + (f" Rings: {after[0].split(',')[0]}" if rings else "")
         run.scatter_chart(path, title, points, across, up, rings, joined)
+    else:
+        path.unlink(missing_ok=True)
     return len(points) >= LEAST
 
 
 def points_of(content, across, up):
-    """{title of a row: (x, its deviation, y, its deviation)} of the rows with both numbers."""
+    """{title of a row: (x, its deviation, y, its deviation)} over the seeds with both numbers."""
     points = {}
     for row in content["rows"]:
-        point = []
-        for column in (across, up):
-            values = values_of(row, column)
-            if values:
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                point += [statistics.mean(values), deviation]
-        if len(point) == 4:
-            points[row["row"]] = tuple(point)
+        pairs = [(n.get(across), n.get(up)) for n in row["seeds"].values()]
+        pairs = [pair for pair in pairs if None not in pair]
+        if pairs:
+            x, y = zip(*pairs, strict=True)
+            points[row["row"]] = (
+                statistics.mean(x),
+                deviation(x),
+                statistics.mean(y),
+                deviation(y),
+            )
     return points
+
+
+def deviation(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def publish(content, folder):

@@ -124,16 +124,15 @@ def parse_args(argv=None):
     part.set_defaults(function=speed_scaling.time_scaling)
     speed_scaling.add_arguments(part)
     add_gpu(commands)
-    for command in commands.choices.values():
-        usual = "auto" if command is commands.choices["gpu"] else "cpu"
+    counted = {"corruptions": "median", "attacks": "median"}
+    counted |= dict.fromkeys(("train", "scaling", "gpu"), "fastest")
+    for name, command in commands.choices.items():
+        usual = "auto" if name == "gpu" else "cpu"
         command.add_argument("--device", default=usual, help="auto, cpu, cuda, cuda:1 ...")
         command.add_argument("--threads", type=run.positive(int), default=1, help="of the CPU")
-        command.add_argument(
-            "--repeat",
-            type=run.positive(int),
-            default=3,
-            help="timings, of which the fastest counts",
-        )
+        if name in counted:
+            words = f"timings, of which the {counted[name]} counts"
+            command.add_argument("--repeat", type=run.positive(int), default=3, help=words)
         command.add_argument("--json", help="write the figures to this file, too")
     return parser.parse_args(argv)
 

@@ -263,6 +263,21 @@ def test_resume_refuses_what_differs(folder, monkeypatch):
         evaluate(folder, *OPTIONS, "--resume")
 
 
+@pytest.mark.parametrize("settings", [None, "", '{"eps": 8', "[]"])
+def test_batches_without_settings_are_not_used(folder, monkeypatch, settings):
+    """A kill between the first writes leaves batches of which nobody knows what they are."""
+    whole = without_times(evaluate(folder, *OPTIONS))
+    (folder / "out.json").unlink()
+    interrupt(folder, monkeypatch, 2)
+    state = folder / "out.json.state"
+    for batch in state.glob("*.pt"):
+        batch.write_bytes(b"of another network")
+    (state / "settings.json").unlink()
+    if settings is not None:
+        (state / "settings.json").write_text(settings)
+    assert without_times(evaluate(folder, *OPTIONS, "--resume")) == whole
+
+
 # --- trust ----------------------------------------------------------------------------------------
 
 

@@ -285,6 +285,21 @@ def test_graphs_know_the_state_of_the_network_and_stay_few(recorded):
         assert len(graphs.kept) == 2
 
 
+def test_graphs_know_the_classes_of_the_modules(recorded):
+    """A module that became another kind of module is another network."""
+    net, (x, _) = with_statistics("bn"), images()
+    graphs = attacks.Graphs()
+    captured(graphs, net, x)
+
+    class Negative(torch.nn.Linear):
+        def forward(self, h):
+            return -super().forward(h)
+
+    net.fc.__class__ = Negative
+    torch.testing.assert_close(captured(graphs, net, x)(x), net(x), rtol=1e-4, atol=1e-4)
+    assert len(recorded) == 4
+
+
 def test_capture_watches_this_thread_alone(monkeypatch):
     """A loader's thread that pins memory must not break a capture (gpu.md, B2)."""
     options = []

@@ -98,6 +98,15 @@ def test_a_captured_attack_is_the_attack(norm):
     assert after > before
 
 
+def test_a_network_with_hooks_is_not_captured():
+    """A replay would leave the hook out."""
+    net, (x, y) = network("bn"), images()
+    graphs, seen = attacks.Graphs(), []
+    net.fc.register_forward_hook(lambda *_: seen.append(1))
+    attacks.pgd(net, x, y, 8, steps=3, capture=graphs)
+    assert len(seen) >= 3 and not graphs.kept
+
+
 @pytest.mark.parametrize("norm", ["bn", "none", "nf", "fixup"])
 def test_compiled_on_a_gpu(norm):
     """Kernels launched together give the logits and gradients of the plain network."""
@@ -168,6 +177,7 @@ def test_compiled_and_captured_do_not_meet(tmp_path):
 def test_compiled_training_on_a_gpu(tmp_path, capsys):
     script, options = SCRIPTS["ct"]
     words = [*TINY, *options, "--compile", "--out", str(tmp_path / "run")]
+    torch._dynamo.utils.counters.clear()
     script.main(script.parse_args(words))
     assert "CT" in capsys.readouterr().out
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"]

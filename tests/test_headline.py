@@ -19,7 +19,7 @@ from eval.headline_tables import Row, Scale, Table
 SCALES = [(name, scale) for name, t in headline_tables.TABLES.items() for scale in t.scales]
 # Stands for a training: it needs a file, may fail, and leaves what a training leaves.
 FAKE = """
-import json, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out = Path(options["--out"])
@@ -29,15 +29,22 @@ with open(out / "starts", "a") as file:
 if "--wait" in options and not (out / "go").exists():
     (out / "waits").touch()
     time.sleep(60)
-if "--fail" in options and options["--fail"] in (options["--seed"], "all"):
+fails = "--fail" in options and options["--fail"] in (options["--seed"], "all")
+if fails and not (out.parent / "mended").exists():
     sys.exit("error: loss nan at step 7: stopped")
+if "--kill" in options and options["--kill"] == options["--seed"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+if "--leave" in options and not (out.parent / "mended").exists():
+    (out / "log.jsonl").write_text(json.dumps({"event": "stop"}) + "\\n")
+    sys.exit(int(options["--leave"]))
 if "--teacher" in options and not Path(options["--teacher"]).exists():
     sys.exit("error: no teacher")
 (out / "last.pt").touch()
 value = float(options.get("--value", 0)) + int(options["--seed"])
+final = {"diverged/net": 16} if options.get("--diverge") == options["--seed"] else {}
 with open(out / "log.jsonl", "a") as file:
     file.write(json.dumps({"event": "start"}) + "\\n")
-    file.write(json.dumps({"event": "end", "error/net": value}) + "\\n")
+    file.write(json.dumps({"event": "end", "error/net": value} | final) + "\\n")
 """
 FAKE_EVALUATION = """
 import json, sys
@@ -55,7 +62,7 @@ def words_of(name, scale, tmp_path):
 def jobs_of(name, scale, tmp_path, seeds=1):
     args = headline.parse_args(words_of(name, scale, tmp_path))
     table = headline_tables.TABLES[name].scales[scale]
-    return args, table, headline.all_jobs(args, table, table.rows, seeds)
+    return args, table, headline.all_jobs(args, table, table.rows, range(seeds))
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
@@ -166,7 +173,7 @@ def test_where_numbers_stand(tmp_path):
         "third": ("e", 2, "x", "y"), "nothing": ("e", "x", "z"),
         "no mean": ("mean", "own", "third"),
     }  # fmt: skip
-    scale = Scale("", "shapes", 1, 1, "", {}, {}, columns, (row,))
+    scale = Scale("", "shapes", 1, 1, "", {"a": "", "b": ""}, {"e": ""}, columns, (row,))
     found = headline.numbers_of(args, scale, row, 0)
     assert found == {
         "own": 30.0, "other": 50.0, "mean": 40.0, "first": 1.0, "second": 2.0, "third": None,
@@ -184,24 +191,78 @@ def test_a_failed_training_is_a_row_that_says_so(fake, tmp_path, capsys):
     assert bad["failed"] == {"1": "loss nan at step 7: stopped"} and list(bad["seeds"]) == ["0"]
     assert student["failed"] == {"1": "needs a-s1, which failed"}
     assert "failed (seed 1): loss nan" in capsys.readouterr().out
-    runs["a"] = "--value 5"  # the reason is gone: the next call has no failure left
+    (tmp_path / "runs" / "small" / "mended").touch()  # the next call has no failure left
     content = headline.main(headline.parse_args(fake(runs, rows)))
     assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
 
 
-def test_a_training_of_another_process_has_not_failed(fake, monkeypatch):
+def test_a_training_of_another_process_has_not_failed(fake, monkeypatch, tmp_path):
     """Two commands on one folder: the second stops, and marks nothing as failed."""
     rows = (Row("good", "g", "net"), Row("busy", "a", "net"))
     runs = {"g": "--value 1", "a": "--fail 1 --value 5"}
     line = fake(runs, rows)
-    reason = "a-s1: another process is training in it; wait for it"
+    reason, reason_of = "a-s1: another process is training in it; wait for it", headline.reason_of
     monkeypatch.setattr(headline, "reason_of", lambda job, status: reason)
     with pytest.raises(run.UserError, match="another process"):
         headline.main(headline.parse_args(line))
-    monkeypatch.undo()
-    runs["a"] = "--value 5"
-    content = headline.main(headline.parse_args(fake(runs, rows)))
+    monkeypatch.setattr(headline, "reason_of", reason_of)
+    (tmp_path / "runs" / "small" / "mended").touch()
+    content = headline.main(headline.parse_args(line))
     assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
+
+
+def test_a_killed_job_is_a_row_that_says_so(fake):
+    """It does not end the table: the other rows are measured."""
+    rows = (Row("killed", "a", "net"), Row("good", "b", "net"))
+    line = fake({"a": "--kill 0", "b": "--value 1"}, rows)
+    killed, good = headline.main(headline.parse_args(line))["rows"]
+    assert killed["failed"] == {"0": "killed by SIGKILL: was there too little memory?"}
+    assert list(killed["seeds"]) == ["1"] and list(good["seeds"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("status", [75, 128 + signal.SIGTERM, 0])
+def test_a_job_that_was_told_to_stop_has_not_failed(status, fake, tmp_path):
+    """75: a training; 143: an evaluation; 0: a training under torchrun. The next call goes on."""
+    line = fake({"a": f"--leave {status}"}, (Row("a", "a", "net"),))
+    with pytest.raises(run.UserError, match="nothing is finished yet"):
+        headline.main(headline.parse_args(line))
+    assert not list(tmp_path.rglob("*.failed"))
+    (tmp_path / "runs" / "small" / "mended").touch()
+    (row,) = headline.main(headline.parse_args(line))["rows"]
+    assert row["failed"] == {} and list(row["seeds"]) == ["0", "1"]
+
+
+def test_a_network_that_diverged_has_no_numbers(fake, capsys):
+    line = fake({"a": "--value 10 --diverge 1"}, (Row("a", "a", "net"),))
+    (row,) = headline.main(headline.parse_args(line))["rows"]
+    assert row["failed"] == {"1": "diverged at step 16"} and list(row["seeds"]) == ["0"]
+    assert "failed (seed 1): diverged at step 16" in capsys.readouterr().out
+
+
+def test_runs_of_another_command_do_not_count(fake, tmp_path):
+    """Two recipes are never one row, and what was made stays where it is."""
+    rows = (Row("a", "a", "net"),)
+    headline.main(headline.parse_args([*fake({"a": "--value 10"}, rows), "--seeds", "1"]))
+    (tmp_path / "headline_fake_small.json").unlink()
+    (row,) = headline.main(headline.parse_args(fake({"a": "--value 90"}, rows)))["rows"]
+    assert [v["error"] for v in row["seeds"].values()] == [91.0]
+    assert "made by another command: move it away" in row["failed"]["0"]
+    assert headline.final_numbers(tmp_path / "runs" / "small" / "a-s0")["error/net"] == 10
+
+
+def test_missing_numbers_show(fake, tmp_path, capsys):
+    """A cell says of how many seeds it is, a point takes seeds with both, a table is not done."""
+    line = fake({"a": "--value 10"}, (Row("a", "a", "net"),))
+    headline.main(headline.parse_args(line))
+    (tmp_path / "runs" / "small" / "a-s1" / "last.files.json").unlink()
+    (tmp_path / "headline_fake_small.json").unlink()
+    args = headline.parse_args(line)
+    table = headline_tables.TABLES["fake"]
+    content = headline.collect(args, "fake", table, table.scales["small"].rows, 2)
+    ((_, error, clean, n),) = headline_report.lines_of(content)[0]
+    assert error == "10.50 +- 0.71" and clean.endswith(" (1 of 2)") and n == 2
+    assert headline_report.points_of(content, "error", "clean")["a"][:2] == (10.0, 0.0)
+    assert headline.main(headline.parse_args(line[1:]))[0][2] == "3 of 4 commands"
 
 
 def test_rows_not_begun_are_named_below(fake):
@@ -364,7 +425,10 @@ def test_checkpoints_give_the_published_numbers(cifar10_dir, shared, tmp_path):
 
 
 def test_writes_checkpoints_of_finished_rows(tmp_path, monkeypatch, capsys):
-    rows = (Row("first", "a", "net"), Row("second", "b", "net"))
+    rows = (
+        Row("first", "a", "net"), Row("mixed", "a", "net", options={"e": "--gamma 1"}),
+        Row("teacher", "a", "net", "teacher.pt"), Row("second", "b", "net"),
+    )  # fmt: skip
     scale = Scale("", "shapes", 1, 1, "", {"a": "", "b": ""}, {}, {}, rows)
     monkeypatch.setattr(headline_tables, "TABLES", {"fake": Table("", "", {"small": scale})})
     folder = tmp_path / "runs" / "small" / "a-s0"
@@ -374,13 +438,15 @@ def test_writes_checkpoints_of_finished_rows(tmp_path, monkeypatch, capsys):
     options = {"out": "/x", "data_dir": "/y", "lr": 0.1}
     content = {"model": weights, "optimizer": {"state": weights}, "arch": "net", "args": options}
     run.save_checkpoint(folder / "last.pt", content)
+    run.save_checkpoint(folder / "teacher.pt", content)
     paths = headline.main(
         headline.parse_args([*words_of("fake", "small", tmp_path), "--checkpoints"])
     )
-    assert paths == [tmp_path / "checkpoints" / "a.pt"]
+    assert [path.name for path in paths] == ["a.pt", "a-teacher.pt"]  # one file a network
     written = run.load_checkpoint(paths[0])
     assert torch.equal(written["model"]["w"], weights["w"]) and "optimizer" not in written
     assert written["args"] == {"lr": 0.1} and written["title"] == "first"
+    assert run.load_checkpoint(paths[1])["title"] == "teacher"
     assert "not finished: second" in capsys.readouterr().out
 
 

@@ -413,7 +413,8 @@ class Graphs:
     """The captured networks of the last few attacks: `pgd(..., capture=graphs)`.
 
     A graph belongs to a shape of batch, a precision and a state of the network: where its tensors
-    lie, and the numbers and names that its modules hold (the statistics in use of "dual-bn").
+    lie, the classes of its modules, and the numbers and names that they hold (the statistics in use
+    of "dual-bn"). A network with hooks or patches has none: a replay would leave them out.
     """
 
     def __init__(self, most=3):
@@ -425,17 +426,11 @@ class Graphs:
         tensors = [*module.parameters(), *module.buffers()]
         plain = bool, int, float, str, type(None)
         state = [
-            (name, value)
+            (type(part), *(item for item in vars(part).items() if isinstance(item[1], plain)))
             for part in module.modules()
-            for name, value in vars(part).items()
-            if isinstance(value, plain)
         ]
-        return (
-            tuple(x.shape),
-            dtype,
-            tuple(tensor.data_ptr() for tensor in tensors),
-            tuple(state),
-        )
+        places = [tensor.data_ptr() for tensor in tensors]
+        return tuple(x.shape), dtype, tuple(places), tuple(state)
 
     def get(self, module, x, autocast, dtype):
         """The captured network of this key, with the present weights."""
@@ -464,7 +459,8 @@ def prepared(model, x, precision=None, mode="eval", capture=None, eot=1):
     fp32 = functools.partial(torch.autocast, x.device.type, enabled=False)
     autocast = fp32 if precision is None else precision.autocast
     with torch.inference_mode(mode=False), torch.no_grad(), fp32(), frozen(model, mode) as module:
-        if capture is not None and x.is_cuda and mode == "eval" and eot == 1:
+        captures = capture is not None and x.is_cuda and mode == "eval" and eot == 1
+        if captures and all(map(is_plain, module.modules())):
             yield capture.get(module, x, autocast, getattr(precision, "dtype", None))
             return
         net = Net(module, x, autocast, mode, eot)

@@ -242,11 +242,15 @@ def latex(text):
 
 
 def mean_sd(values, digits=2):
-    """ "mean +- sample standard deviation"; the mean alone for one value; "-" if one is None."""
-    if not values or None in values:
+    """ "mean +- sample standard deviation" of the values that are not None, "-" where all are.
+
+    One value stands alone. "(1 of 3)" follows where some are missing."""
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    text = f"{statistics.mean(known):.{digits}f}"
+    text += f" +- {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{text} ({len(known)} of {len(values)})" if len(known) < len(values) else text
 
 
 def row_titles(options):
