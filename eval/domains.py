@@ -29,9 +29,6 @@ from common import data, models, run
 from common.data import trees
 
 PATHS = ("out", "data_dir", "teacher", "device", "pretrained", "workers")
-# Options that do not make another method of it.
-NOT_OPTIONS = {*PATHS, "seed", "test_domain", "baseline", "log_every", "save_every", "keep"}
-NOT_OPTIONS |= {"save_minutes", "corrupted_images", "strict", "max_skips", "dataset"}
 
 
 def parse_args(argv=None):
@@ -164,12 +161,11 @@ def evaluate(path, cache, args, precision, device):
     return facts | {"accuracy": found}
 
 
-def settings(entry):
+def settings(entry, options):
     """What tells one row from another: the options, the stage, and where an unfinished training
     stands; without seed and domain."""
-    options = {k: v for k, v in entry["options"].items() if k not in NOT_OPTIONS}
     keys = ("dataset", "trained_on", "method", "stage", "arch", "norm")
-    options |= {k: entry[k] for k in keys}
+    options = {k: v for k, v in options.items() if k != "test_domain"} | {k: entry[k] for k in keys}
     return options | ({"unfinished": entry["unfinished"]} if "unfinished" in entry else {})
 
 
@@ -178,8 +174,8 @@ def tabulate(entries):
     columns = list(dict.fromkeys(c for e in entries for c in e["accuracy"]))
     domains = any(e["test_domain"] for e in entries)
     groups = {}
-    for entry in entries:
-        seeds = groups.setdefault(json.dumps(settings(entry), sort_keys=True), {})
+    for entry, own in zip(entries, run.method_options(entries), strict=True):
+        seeds = groups.setdefault(json.dumps(settings(entry, own), sort_keys=True), {})
         found = seeds.setdefault(entry["seed"], {})
         for column, value in entry["accuracy"].items():
             if column in found:

@@ -138,9 +138,10 @@ def of_smoothness(content, entries):
 def of_domains(content, entries):
     """The networks of one method and seed, each with another domain left out, as one entry."""
     merged = {}
-    for entry in entries:
+    for entry, own in zip(entries, run.method_options(entries), strict=True):
         options = {k: v for k, v in entry["options"].items() if k != "test_domain"}
-        key = json.dumps([options, entry["seed"], entry.get("stage")], sort_keys=True)
+        own.pop("test_domain", None)
+        key = json.dumps([own, entry["seed"], entry.get("stage")], sort_keys=True)
         first = merged.setdefault(key, entry | {"options": options, "accuracy": {}})
         first["accuracy"] |= entry["accuracy"]
     names = dict.fromkeys(name for entry in entries for name in entry["accuracy"])

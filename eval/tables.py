@@ -13,6 +13,7 @@ named must belong into one table.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -21,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
 from eval import table_files
 
-NOT_OPTIONS = {"seed", "log_every", "save_every", "eval_every", "corrupted_images", "baseline"}
-NOT_OPTIONS |= {"keep", "save_minutes", "out", "data_dir", "workers", "device"}
+SEED = re.compile(r"-s(\d+)$")  # at the end of the stage, where one run trains several seeds
 
 
 def parse_args(argv=None):
@@ -51,20 +51,31 @@ def find(paths):
     return list({path.resolve(): path for path in found}.values())
 
 
-def settings(entry):
-    """What tells one method from another: its options and its stage, without the seed."""
-    options = {k: v for k, v in entry.get("options", {}).items() if k not in NOT_OPTIONS}
+def settings(entry, options):
+    """What tells one method from another: its options, see `run.method_options`, and its stage."""
     if not options.get("lam"):  # without a teacher the rest of the method does nothing
         idle = ("distance", "match", "temperature", "student_init")
         options = {k: v for k, v in options.items() if k not in idle and "teacher" not in k}
     keys = ("method", "stage", "arch", "norm", "gamma", "adapt", "adapt_source", "unfinished")
-    return options | {k: entry[k] for k in keys if entry.get(k) is not None}
+    own = {k: entry[k] for k in keys if entry.get(k) is not None}
+    if "stage" in own:
+        own["stage"] = SEED.sub("", own["stage"])
+    # What else the run trained: the network is named by its own normaliser and stage.
+    others = {"norms": "norm", "variants": "stage"}
+    return {k: v for k, v in options.items() if others.get(k) not in own} | own
+
+
+def seed_of(entry, other):
+    """The seed of an entry; `other` where it names none."""
+    found = SEED.search(entry.get("stage") or "")
+    return found[1] if found else entry.get("options", {}).get("seed", other)
 
 
 def identity(entry):
     """Equal for two entries of the same weights: their digest, else everything but the path."""
     if entry.get("weights"):
-        return json.dumps([entry["weights"], settings(entry)], sort_keys=True)
+        (options,) = run.method_options([entry])
+        return json.dumps([entry["weights"], settings(entry, options)], sort_keys=True)
     return json.dumps({k: v for k, v in entry.items() if k != "checkpoint"}, sort_keys=True)
 
 
@@ -82,10 +93,16 @@ def grouped(entries):
     if len(once) < len(entries):
         again = len(entries) - len(once)
         print(f"{again} results of networks already read: each counts once", file=sys.stderr)
-    groups = {}
-    for entry in once.values():
-        groups.setdefault(json.dumps(settings(entry), sort_keys=True), []).append(entry)
-    return [(json.loads(key), group) for key, group in groups.items()]
+    groups = []
+    networks = list(once.values())
+    for entry, options in zip(networks, run.method_options(networks), strict=True):
+        own = settings(entry, options)
+        group = next((group for other, group in groups if other == own), None)
+        if group is None:
+            groups.append((own, [entry]))
+        else:
+            group.append(entry)
+    return groups
 
 
 def tables_of(results, *, several):
@@ -160,7 +177,7 @@ def rows_of(columns, titles, groups, *, per_seed):
         rows.append([title, *map(cell, cells), len(entries)])
         for i, entry in enumerate(entries if per_seed else ()):
             numbers = ["-" if values[i] is None else values[i] for values in cells]
-            rows.append([f"  seed {entry.get('options', {}).get('seed', i)}", *numbers, ""])
+            rows.append([f"  seed {seed_of(entry, i)}", *numbers, ""])
     return rows
 
 

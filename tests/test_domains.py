@@ -95,6 +95,16 @@ def test_a_missing_run_leaves_its_seed_out_of_the_average(finished, tmp_path):
     assert row[-2] == f"{mean:.2f}" and "+-" in row[3] and "+-" not in row[1]
 
 
+def test_seeds_of_other_machines_and_versions_are_one_row():
+    """As a table of eval/tables.py has them: by what was trained, not by how."""
+    facts = dict.fromkeys(("trained_on", "method", "stage", "arch", "norm"), "x")
+    facts |= {"dataset": "pacs", "accuracy": {"photo": 50.0}, "test_domain": "photo"}
+    own = [{"compile": True, "policy": "none"}, {"compile": None, "probe_images": 5}, {"lr": 9}]
+    entries = [facts | {"seed": i, "options": {"seed": i} | o} for i, o in enumerate(own)]
+    _, rows = domains.tabulate(entries)
+    assert [row[-1] for row in rows] == [2, 1]
+
+
 def test_one_domain_and_resume(finished, tmp_path):
     """A single domain gives that domain's run; going on with a finished run changes nothing."""
     _, found = finished

@@ -120,7 +120,7 @@ PUBLISHED = {  # a cell of each file that a table of the READMEs is made of
     "shortcut_shapes": ("norm fixup", "clean", None),
     "smoothness_bn_ablation": ("norm bn", "parameter hessian", "1116.55"),
     "smoothness_ct": ("teacher", "lipschitz", "29.21"),
-    "smoothness_fixup_penalty": ("bn-s0", "gradient l1", "1.10"),
+    "smoothness_fixup_penalty": ("bn", "gradient l1", "1.10"),
     "smoothness_nofrost": ("norm nf", "margin", "3.54"),
 }
 
@@ -262,3 +262,60 @@ def test_a_column_that_a_seed_lacks_is_over_the_others(tmp_path):
     columns = {name: (name,) for name in numbers[0]}
     (row,) = tables.rows_of(columns, ["net"], [({}, numbers)], per_seed=False)
     assert row == ["net", "11.00 +- 1.41", "50.00 (1 of 2)", 2]
+
+
+def network(seed, method="ct", **options):
+    return {"method": method, "weights": f"{method}{seed}", "options": {"seed": seed} | options}
+
+
+def sizes(*entries):
+    """How many networks each row has, by any order of the entries the same."""
+    found = sorted(len(group) for _, group in tables.grouped(entries))
+    assert found == sorted(len(group) for _, group in tables.grouped(entries[::-1]))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(run.NOT_OPTIONS))
+def test_how_a_network_was_trained_is_no_method(name):
+    """Seeds on another machine, or watched otherwise, are seeds; a batch of another size is not."""
+    first, second = network(0), network(1)
+    second["options"][name] = "x"
+    assert sizes(first, second) == [2]
+    assert sizes(network(0, batch_size=32), network(1, batch_size=64)) == [1, 1]
+
+
+def test_an_option_that_came_later_is_off_in_older_networks():
+    """Never on: an older network is no seed of those with cutout, were they alone with it."""
+    older, later = network(0), network(1, policy="none", ema=0.0, shortcut=None)
+    assert sizes(older, later) == [2]
+    assert sizes(older, network(1, policy="cutout")) == [1, 1]
+    assert sizes(older, later, network(2, policy="cutout")) == [1, 2]
+    titles = run.row_titles([o for o, _ in tables.grouped([older, network(1, policy="cutout")])])
+    assert titles == ["all", "policy cutout"]
+    others = [network(0, "nofrost", lam=0.5), network(1, "ct", lam=0.0)]
+    assert [options.get("lam") for options, _ in tables.grouped(others)] == [0.5, 0.0]
+    assert [options.get("ema") for options, _ in tables.grouped([later, others[0]])] == [0.0, None]
+
+
+def test_domains_of_one_seed_are_one_entry():
+    """Also where they were trained on different machines or by different versions."""
+    own = [{"compile": True, "policy": "none"}, {"compile": None}]
+    entries = [
+        network(0, test_domain=domain, **options) | {"seed": 0, "accuracy": {domain: 50.0}}
+        for domain, options in zip(("photo", "sketch"), own, strict=True)
+    ]
+    content = {"checkpoints": entries, "dataset": "pacs", "precision": "fp32"}
+    (found,) = table_files.of_domains(content, entries).entries
+    assert found["accuracy"] == {"photo": 50.0, "sketch": 50.0}
+
+
+def test_a_run_of_several_seeds_or_networks_is_read_as_one_of_each(tmp_path, capsys):
+    """fixup_penalty.py --seeds 3 names the networks fixup-s0, fixup-s1 ...; 5 and 5.0 are equal."""
+    several = [network(0, variants=["fixup", "bn"], lr=5) | {"stage": f"bn-s{s}"} for s in (0, 1)]
+    several[1]["weights"] = "another"
+    alone = network(2, variants=["bn"], lr=5.0) | {"stage": "bn"}
+    assert sizes(*several, alone) == [3]
+    assert [tables.seed_of(entry, 9) for entry in (*several, alone)] == ["0", "1", 2]
+    norms = [network(0, norm="nf") | {"norm": "nf"}, network(1, norms=["nf"]) | {"norm": "nf"}]
+    assert sizes(*norms) == [2]
+    assert sizes(network(0, variants=["bn"]), network(1, variants=["bn", "fixup"])) == [1, 1]

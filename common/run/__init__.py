@@ -4,6 +4,7 @@ from common.run.bands import draw_bands, lay_out_bands, read_history, record, wr
 from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
+    NOT_OPTIONS,
     Flag,
     Formatter,
     Parser,
@@ -81,6 +82,7 @@ from common.run.results import (
     format_table,
     gap,
     mean_sd,
+    method_options,
     row_titles,
     table,
     try_file,
@@ -91,6 +93,7 @@ from common.run.results import (
 from common.run.rundir import RunDir, lock, read_options
 
 __all__ = [
+    "NOT_OPTIONS",
     "ROOT",
     "Diverged",
     "Flag",
@@ -151,6 +154,7 @@ __all__ = [
     "mean",
     "mean_sd",
     "medians_over_seeds",
+    "method_options",
     "metrics",
     "metrics_of",
     "nonnegative",

@@ -145,6 +145,9 @@ MOVED = {  # options of earlier versions: what to do now
     "--keep": "the newest checkpoint and the one before it are kept",
     "--max-skips": "a run in fp16 stops when its scale has fallen too low",
 }
+# Options of a checkpoint that make no other method of it: networks that differ in these alone are
+# seeds of one row. Those of earlier versions are among them.
+NOT_OPTIONS = {*PLUMBING, "seed", "seeds", *(option[2:].replace("-", "_") for option in MOVED)}
 METAVARS = {
     "int": "N",
     "float": "X",

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from common.run.checkpoint import versions
+from common.run.cli import NOT_OPTIONS
 from common.run.errors import UserError
 
 # Options that name a row best, in this order, and those whose value needs no name before it.
@@ -32,6 +33,7 @@ TELLING = (
     "adapt",
     "lr",
 )
+OFF = (None, False, 0, "none")  # values of an option that leave out what it is for
 SELF_EVIDENT = ("row", "variant", "network", "stage", "arch")
 
 
@@ -276,6 +278,25 @@ def row_titles(options):
         ]  # fmt: skip
         titles.append(", ".join(words) or "all")
     return titles
+
+
+def method_options(entries):
+    """The options of each network without NOT_OPTIONS, a list of dicts.
+
+    entries: networks with "options" and "method". An older checkpoint lacks the options that came
+    later. It counts as having such a one off, as others of its method have it.
+    """
+    every = [
+        {k: v for k, v in entry.get("options", {}).items() if k not in NOT_OPTIONS}
+        for entry in entries
+    ]
+    for method in {entry.get("method") for entry in entries}:
+        alike = [o for o, e in zip(every, entries, strict=True) if e.get("method") == method]
+        for name in {name for own in alike for name in own}:
+            off = {json.dumps(own[name]) for own in alike if name in own and own[name] in OFF}
+            for own in alike if len(off) == 1 else ():
+                own.setdefault(name, json.loads(*off))
+    return every
 
 
 def weights_digest(model):
