@@ -130,6 +130,16 @@ def test_numbers_of_the_ablation_are_those_of_the_file():
         assert f"| {label} BatchNorm | {accuracy:.0f} | {width:.2f} |" in text("README.md")
 
 
+def test_numbers_of_the_first_run_are_those_of_the_file():
+    rows = json.loads((RESULTS / "ct_first_run.json").read_text())["rows"]
+    columns = ("clean", "corrupted", "shortcut removed", "shortcut swapped")
+    for row in (row for row in rows if row["threads"] == 2):
+        printed = f"    {row['network']} +" + " +".join(f"{row[c]:.2f}" for c in columns)
+        assert re.search(printed, text("README.md")), row
+    *most, last = (f"{row[columns[-1]]:.2f}" for row in rows if row["threads"] == 1)
+    assert f"On one thread the last column is {', '.join(most)} and {last} %" in text("README.md")
+
+
 def test_numbers_of_plain_shapes_are_those_of_the_file():
     rows = json.loads((RESULTS / "shapes_plain.json").read_text())["rows"]
     for network, title in (("teacher", "teacher, without"), ("baseline", "baseline, with")):
