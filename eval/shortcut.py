@@ -70,6 +70,12 @@ CHANGES = {  # of the study `recipe`: factors of the usual recipe
     "half the batch": {"batch_size": 0.5},
     "twice the batch": {"batch_size": 2},
 }
+SWAPPED = "accuracy with the grating swapped, %"
+AXES = {
+    "shapes": ("training steps", SWAPPED),
+    "cifar10": ("size of the grating, grey levels of 255", SWAPPED),
+    "recipe": ("accuracy with the grating removed, %", "accuracy that swapping it costs, points"),
+}
 KEYS = ("data", "norm", "levels", "change", *Recipe._fields, "images", "seed")  # of a row
 LAM = 20.0  # of CT, with the cosine of pooled features
 FEW = 1000  # test images of the accuracies before the end
@@ -81,7 +87,7 @@ def parse_args(argv=None):
     parser.add_argument("study", choices=list(STUDIES), help="study")
     parser.add_argument("--data-dir", default="data", help="where the data sets are")
     parser.add_argument("--norms", type=run.listed(str), help="default: those of the study")
-    parser.add_argument("--sizes", type=run.listed(run.nonnegative(float)), help="grey levels")
+    parser.add_argument("--sizes", type=run.listed(data.shortcut.levels), help="grey levels")
     parser.add_argument(
         "--seeds", type=run.positive(int), default=3, help="number of seeds, from 0 on"
     )
@@ -90,7 +96,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--json", type=Path,
         help="the rows (default: eval/results/shortcut_<study>.json; with other --epochs or "
-        "--limit a file below runs/shortcut)",
+        "--limit a file in --runs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=Path, default=RUNS,
+        help="folder of the networks that teach `ct` (default: runs/shortcut)",
     )  # fmt: skip
     parser.add_argument("--draw", action="store_true", help="draw the figure and train nothing")
     args = parser.parse_args(argv)
@@ -100,6 +110,8 @@ def parse_args(argv=None):
     args.limit = study["limit"] if args.limit is None else args.limit
     args.images = args.limit or study["all"]
     args.json = args.json or default_json(args, study)
+    if args.study == "recipe" and args.epochs == 1:
+        raise run.UserError("--epochs 1 has no half: give 2 or more for this study")
     known = {*models.NORMS, "ct"}
     if unknown := set(args.norms) - known:
         raise run.UserError(f"--norms {', '.join(sorted(unknown))}: choose from {sorted(known)}")
@@ -111,7 +123,7 @@ def default_json(args, study):
     epochs = f"-e{args.epochs}" if args.epochs else ""
     images = "" if args.images == (study["limit"] or study["all"]) else f"-n{args.images}"
     if epochs or images:
-        return RUNS / f"{args.study}{epochs}{images}.json"
+        return args.runs / f"{args.study}{epochs}{images}.json"
     return RESULTS / f"shortcut_{args.study}.json"
 
 
@@ -161,11 +173,12 @@ def train(norm, seed, dataset, recipe, precision, teacher=None):
     """Train a network. Returns it and its curve: after every epoch {"step", "loss" of that batch,
     "clean", "without", "swapped"}."""
     model = build(norm, seed, dataset)
-    scalars = [p for n, p in model.named_parameters() if norm == "fixup" and p.numel() == 1]
-    rest = [p for p in model.parameters() if not any(p is s for s in scalars)]
-    groups = [{"params": rest, "scale": 1.0}]
-    if scalars:
-        groups.append({"params": scalars, "scale": 0.1})  # Fixup's rule for its scalars
+    # Fixup's scalars learn slowly. `models.fixup_groups` also slows the classifier's bias, as its
+    # authors do; the rows of the study were measured without that.
+    slow, rest = [], []
+    for parameter in model.parameters():
+        (slow if norm == "fixup" and parameter.numel() == 1 else rest).append(parameter)
+    groups = [{"params": rest, "scale": 1.0}, {"params": slow, "scale": 0.1}]
     optimizer = torch.optim.SGD(
         groups, recipe.lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )  # fmt: skip
@@ -215,7 +228,7 @@ def add(row, path, args):
     """Add a row to the file. The rows before it stay as they are."""
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     about = {"command": f"python eval/shortcut.py {args.study}", "arch": ARCH, "lam": LAM}
-    run.write_json(path, about | {"versions": run.versions(), "rows": [*rows, row]})
+    run.write_json(path, about | {"versions": run.versions(), "rows": [*rows, run.finite(row)]})
 
 
 def key_of(row):
@@ -233,19 +246,22 @@ def asked_for(row, args):
     )
 
 
-def teacher_for(levels, seed, dataset, args, precision):
-    """The network `none` of this size and seed: from the folder of weights, or trained."""
-    recipe = recipe_of("none", args)
-    name = f"{args.study}-none-{levels:g}-{len(dataset.train)}-{recipe.epochs}-s{seed}.pt"
-    path = Path("runs/shortcut") / name
+def plain(row, recipe, dataset, args, precision):
+    """The network `none` of a row's size and seed, and its {"cpu_seconds", "curve"}.
+
+    It is trained where --runs does not hold it, or holds a file that is broken."""
+    facts = row["data"], f"{float(row['levels'])}", f"n{args.images}", *map(str, recipe)
+    path = args.runs / f"{'-'.join([ARCH, 'none', *facts])}-s{row['seed']}.pt"
     if path.is_file():
-        model = build("none", seed, dataset)
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval(), None
-    model, curve = train("none", seed, dataset, recipe, precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model, curve
+        try:
+            checkpoint = run.load_checkpoint(path)
+            return models.from_checkpoint(checkpoint), checkpoint["found"]
+        except (run.UserError, KeyError) as error:
+            print(f"trained again: {error}", file=sys.stderr)
+    model, found = timed("none", row["seed"], dataset, recipe, precision)
+    checkpoint = {"model": model.state_dict(), "found": found, "dataset": row["data"]}
+    run.save_checkpoint(path, model.spec | checkpoint)
+    return model, found
 
 
 def markdown(rows):
@@ -268,59 +284,69 @@ def markdown(rows):
     return run.format_table(lines, header, "markdown")
 
 
+def points_of(row, study, line):
+    """[(line, place on it, x, y)] of a row in the figure of a study, see `figure`."""
+    end = row["curve"][-1]
+    if study == "shapes":
+        return [(line, at["step"], at["step"], at["swapped"]) for at in row["curve"]]
+    if study == "cifar10":
+        return [(row["norm"], row["levels"], row["levels"], end["swapped"])]
+    factors = CHANGES[row["change"]]
+    at = end["without"], end["clean"] - end["swapped"]
+    options = {"epochs": "epochs", "lr": "rate", "batch_size": "batch"}
+    return [
+        (f"{line}, {title}", factors.get(option, 1), *at)
+        for option, title in options.items() if option in factors or not factors
+    ]  # fmt: skip
+
+
 def figure(rows, study, path):
     """The SVG: swapped accuracy against steps (shapes) or the grating's size (cifar10).
 
     recipe: what swapping costs against the accuracy without the grating. A line joins half, usual
-    and twice of one option."""
-    points = {}
-    for row in rows:
-        end, lines = row["curve"][-1], [row["norm"]]
-        at = {c["step"]: c["swapped"] for c in row["curve"]}
-        if study == "cifar10":
-            at = {row["levels"]: end["swapped"]}
-        elif study == "recipe":
-            at = {end["without"]: end["clean"] - end["swapped"]}
-            options = ("epochs", "rate", "batch")
-            change = row["change"].split()[-1]
-            lines = [f"{row['norm']}, {o}" for o in options if change in (o, "usual")]
-        for line, (x, value) in itertools.product(lines, at.items()):
-            points.setdefault(line, {}).setdefault(x, []).append(value)
-    order = ("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup")
+    and twice of one option. Points are means over seeds, bars their deviation."""
+    order = list(
+        dict.fromkeys(("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup", *models.NORMS))
+    )
+    several, points = len({row["levels"] for row in rows}) > 1, {}
+    for row in sorted(rows, key=lambda row: order.index(row["norm"])):
+        title = f"{row['norm']}, {row['levels']:g}" if several else row["norm"]
+        for line, place, *point in points_of(row, study, title):
+            points.setdefault(line, {}).setdefault(place, []).append(point)
     lines = {}
-    for line in sorted(points, key=lambda name: order.index(name.split(",")[0])):
+    for line, places in points.items():
         lines[line] = []
-        for x, values in sorted(points[line].items()):
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            lines[line].append((x, statistics.mean(values), spread))
-    up = "accuracy with the grating swapped, %"
-    across = "training steps" if study == "shapes" else "size of the grating, grey levels of 255"
-    if study == "recipe":
-        across, up = (
-            "accuracy with the grating removed, %",
-            "accuracy that swapping it costs, points",
-        )
-    run.line_plot(path, lines, across, up)
+        for _, found in sorted(places.items()):
+            xs, ys = zip(*found, strict=True)
+            spread = statistics.stdev(ys) if len(ys) > 1 else 0.0
+            lines[line].append((statistics.mean(xs), statistics.mean(ys), spread))
+        if lines[line][0] > lines[line][-1]:  # the name stands at the right end
+            lines[line].reverse()
+    run.line_plot(path, lines, *AXES[study])
+
+
+def timed(*args):
+    """The network of `train` and its {"cpu_seconds", "curve"}."""
+    begun = time.process_time()
+    model, curve = train(*args)
+    return model, {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
 
 
 def train_row(row, dataset, args, precision):
     """Train the network of a row; returns its {"cpu_seconds", "curve"}."""
-    norm, levels, seed, change = (row[k] for k in ("norm", "levels", "seed", "change"))
-    teacher = curve = None
-    if norm == "ct":
-        teacher, _ = teacher_for(levels, seed, dataset, args, precision)
-        teacher.requires_grad_(requires_grad=False)
-    begun = time.process_time()
-    if norm == "none" and change == "usual":
-        _, curve = teacher_for(levels, seed, dataset, args, precision)
-    if curve is None:  # of a teacher whose weights were there the curve is missing: train it again
-        recipe = recipe_of(norm, args, change)
-        _, curve = train(norm, seed, dataset, recipe, precision, teacher)
-    return {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
+    recipe, teacher = Recipe(*(row[key] for key in Recipe._fields)), None
+    if row["norm"] == "none":
+        return plain(row, recipe, dataset, args, precision)[1]
+    if row["norm"] == "ct":
+        teacher, _ = plain(row, recipe_of("none", args), dataset, args, precision)
+        teacher.to(memory_format=torch.channels_last).requires_grad_(requires_grad=False)
+    return timed(row["norm"], row["seed"], dataset, recipe, precision, teacher)[1]
 
 
 def main(args):
     run.try_file(args.json, "--json")
+    if not args.draw:
+        run.try_folder(args.runs, "--runs")
     precision = run.Precision("auto", "cpu")
     finished = {key_of(row) for row in read(args.json)}
     study = STUDIES[args.study]

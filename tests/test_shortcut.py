@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import data
+from common import data, run
 from common.data import shapes, shortcut
 from common.run import Precision, UserError
 from eval import shortcut as study
@@ -123,22 +123,26 @@ def test_a_changed_recipe_is_the_usual_one_but_for_one_number():
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """The recipes that main trains, in order. Nothing is: the end of a curve tells its seed."""
-    recipes = []
+    """What main trains, in order, as (norm, seed, recipe, weights of the teacher). Nothing is: the
+    end of a curve tells the seed and, in a study of recipes, the number of epochs."""
+    calls = []
 
     def train(norm, seed, dataset, recipe, precision, teacher=None):
-        recipes.append((norm, seed, recipe))
-        end = {"clean": 90.0 + seed, "without": 70.0 + seed, "swapped": 60.0 - seed}
-        return torch.nn.Linear(1, 1), [{"step": recipe.epochs, "loss": 1.0} | end]
+        calls.append((norm, seed, recipe, teacher and run.weights_digest(teacher)))
+        end = {"clean": 90.0 + seed, "without": 70.0 + seed + recipe.epochs, "swapped": 60.0 - seed}
+        model = study.build(norm, seed, dataset).eval()
+        return model, [{"step": recipe.epochs, "loss": 1.0} | end]
 
     def load(name, data_dir, limit, shortcut_levels):
-        return SimpleNamespace(train=range(limit or 50_000))
+        kwargs = {"num_classes": 10, "image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        return SimpleNamespace(train=range(limit or 50_000), model_kwargs=kwargs)
 
     monkeypatch.setattr(study, "train", train)
     monkeypatch.setattr(study.data, "load", load)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
-    return recipes
+    monkeypatch.chdir(tmp_path)
+    return calls
 
 
 def start(line):
@@ -148,10 +152,10 @@ def start(line):
 def test_a_stopped_run_goes_on(trained, tmp_path, capsys):
     start("cifar10 --norms bn --sizes 1 --seeds 1")
     start("cifar10 --norms bn --sizes 1,2 --seeds 2")
-    assert [seed for _, seed, _ in trained] == [0, 0, 1, 1]
+    assert [seed for _, seed, _, _ in trained] == [0, 0, 1, 1]
     rows = study.read(tmp_path / "results" / "shortcut_cifar10.json")
     assert sorted((row["levels"], row["seed"]) for row in rows) == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert "| 1 | `bn` | 90.5 +- 0.7 | 70.5 +- 0.7 | 59.5 +- 0.7 | 2 |" in capsys.readouterr().out
+    assert "| 1 | `bn` | 90.5 +- 0.7 | 78.5 +- 0.7 | 59.5 +- 0.7 | 2 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", ["--epochs 1", "--limit 256", "--limit 0"])
@@ -166,7 +170,7 @@ def test_another_recipe_is_a_file_and_rows_of_its_own(trained, tmp_path, options
     start(f"{line} --seeds 1 {options} --json {published}")
     out = capsys.readouterr().out
     assert "3 rows of other epochs, images or recipes are left out" in out
-    assert out.count("| 1 | `bn` | 90.0 | 70.0 | 60.0 | 1 |") == 2
+    assert out.count("| 1 | `bn` | 90.0 | ") == 2
     rows = study.read(published)
     assert [row["images"] for row in rows[:3]] == [20_000] * 3
     assert rows[3]["images"] == {"--limit 256": 256, "--limit 0": 50_000}.get(options, 20_000)
@@ -197,3 +201,59 @@ def test_a_broken_file_of_rows_is_one_line(trained, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match="holds no rows of this study"):
         start(f"shapes --draw --json {tmp_path / 'a.json'}")
+
+
+def test_the_teacher_is_trained_once_for_each_recipe(trained, tmp_path):
+    """`none` has its row from the file of the teacher, also in another study with the recipe."""
+    start("cifar10 --norms ct,none --sizes 0.5 --seeds 1")
+    assert [call[0] for call in trained] == ["none", "ct"]
+    start("recipe --norms none --seeds 1")
+    assert len(trained) == 2 + 6  # all but the usual recipe
+    start("cifar10 --norms ct --sizes 0.5 --seeds 1 --epochs 16")
+    assert [call[0] for call in trained[8:]] == ["ct"]
+    start("cifar10 --norms ct --sizes 0.5 --seeds 1 --epochs 5")
+    assert [call[0] for call in trained[9:]] == ["none", "ct"]
+    files = {path.name for path in (tmp_path / "runs").glob("*.pt")}
+    assert "wrn10-1-none-cifar10-0.5-n20000-16-0.2-1.0-128-s0.pt" in files and len(files) == 8
+    (row,) = (r for r in study.read(tmp_path / "results" / "shortcut_cifar10.json")
+              if r["norm"] == "none")  # fmt: skip
+    assert row["curve"][-1]["step"] == 16 and row["cpu_seconds"] >= 0
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"x"])
+def test_a_broken_teacher_is_trained_again(trained, tmp_path, damage, capsys):
+    start("cifar10 --norms none --sizes 1 --seeds 1")
+    (path,) = (tmp_path / "runs").glob("*.pt")
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    start("cifar10 --norms ct --sizes 1 --seeds 1")
+    assert [call[0] for call in trained] == ["none", "none", "ct"]
+    assert "trained again" in capsys.readouterr().err
+    model = study.models.from_checkpoint(run.load_checkpoint(path))
+    assert trained[-1][-1] == run.weights_digest(model)
+    assert not list(path.parent.glob(".*"))
+
+
+def test_lines_of_the_recipe_are_means_over_seeds(trained, monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(run, "line_plot", lambda path, lines, *axes: drawn.update(lines))
+    start("recipe --seeds 3")
+    names = [
+        f"{norm}, {option}" for norm in ("bn", "none") for option in ("epochs", "rate", "batch")
+    ]
+    assert list(drawn) == names and all(len(line) == 3 for line in drawn.values())
+    # Seeds 0, 1, 2 have 70, 71, 72 % and an epoch's point each; swapping costs 30, 32 and 34.
+    assert drawn["bn, epochs"] == [(x, 32.0, 2.0) for x in (75.0, 79.0, 87.0)]
+    assert drawn["none, batch"] == [(87.0, 32.0, 2.0)] * 3
+
+
+def test_sizes_of_the_grating_are_lines_of_their_own(trained, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(run, "line_plot", lambda path, lines, *axes: drawn.update(lines))
+    start("recipe --norms bn --seeds 1 --sizes 0.5,1")
+    assert len(drawn) == 6 and "bn, 0.5, rate" in drawn and "bn, 1, rate" in drawn
+
+
+def test_one_epoch_has_no_half():
+    with pytest.raises(UserError, match="has no half"):
+        study.parse_args(["recipe", "--epochs", "1"])
