@@ -214,13 +214,13 @@ def read(path):
         return []
     try:
         return [completed(row) for row in json.loads(path.read_text())["rows"]]
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError):
         raise run.UserError(f"{path}: holds no rows of this study; give --json elsewhere") from None
 
 
 def completed(row):
     """A row with all of KEYS. Older rows lack change and recipe: theirs were those of the study."""
-    study = next(s for s in STUDIES.values() if s["data"] == row["data"])
+    study = {study["data"]: study for study in STUDIES.values()}[row["data"]]
     return {"change": "usual", **usual_recipe(row["norm"], study)._asdict(), **row}
 
 

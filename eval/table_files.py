@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
+from eval import shortcut
 
 SHARED = ("dataset", "split", "images")
 CORRUPTION_FACTS = (*SHARED, "source", "corruptions", "severities", "precision")
@@ -31,6 +32,7 @@ TITLES = {  # of numbers in records of trainings
     "swapped": "grating swapped",
 }
 NOT_NUMBERS = ("seed", "epochs", "seconds", "wall_seconds", "cpu_seconds", "loss")
+ROW_OPTIONS = ("network", "variant", "depth", "threads", "arch", *shortcut.KEYS)
 STAGES = ("teacher", "baseline", "student")
 FOREIGN = "no results that are known: give a JSON of eval/*.py"
 
@@ -223,22 +225,12 @@ def of_headline(content, name):
 
 def of_rows(content, rows, name):
     """Rows of numbers, one a network: eval/shortcut.py (the end of each curve) and growth.py."""
-    keys = (
-        "norm",
-        "network",
-        "variant",
-        "levels",
-        "change",
-        "depth",
-        "threads",
-        "seed",
-        "data",
-        "arch",
-    )
     entries = []
     for row in rows:
-        numbers = {k: v for k, v in (row | row.get("curve", [{}])[-1]).items() if k not in keys}
-        entries.append({**numbers, "options": {key: row[key] for key in keys if key in row}})
+        row = shortcut.completed(row) if "curve" in row else row
+        numbers = {k: v for k, v in row.items() if k not in ROW_OPTIONS}
+        options = {k: v for k, v in row.items() if k in ROW_OPTIONS}
+        entries.append({**numbers, **row.get("curve", [{}])[-1], "options": options})
     names = dict.fromkeys(key for entry in entries for key in entry if key not in NOT_NUMBERS)
     shown = [n for n in names if any(isinstance(entry.get(n), float) for entry in entries)]
     columns = {TITLES.get(n, n.replace("_", " ")): (n,) for n in shown}

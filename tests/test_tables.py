@@ -253,9 +253,23 @@ def test_fast_takes_a_quarter_of_the_time_and_leaves_no_image_more():
         assert f"| {row['row']} | {' | '.join(cells)} | {share:.1f} % |" in readme
 
 
-def test_recipes_of_a_study_are_rows_of_their_own():
+def test_recipes_of_a_study_are_rows_of_their_own(tmp_path):
+    """Named by their change where they have one. What was trained is no column."""
     rows = tables.main(tables.parse_args([str(RESULTS / "shortcut_recipe.json")]))
-    assert len(rows) == 14 and all(row["n"] == 1 for row in rows.values())
+    numbers = ["clean", "grating removed", "grating swapped"]
+    assert all(list(row) == [*numbers, "n"] for row in rows.values())
+    assert len(rows) == 14 and all(title.startswith("norm") for title in rows)
+    assert "norm bn, change half the rate" in rows
+    end = {"step": 9, "loss": 1.0, "clean": 90.0, "without": 80.0, "swapped": 70.0}
+    older = {"data": "cifar10", "norm": "bn", "levels": 1.0, "epochs": 8, "images": 20_000}
+    usual = {"change": "usual", "lr": 0.1, "clip": 0.0, "batch_size": 128}
+    others = [{"epochs": 1}, {"images": 256}, {"lr": 0.2}, {"clip": 1.0}, {"batch_size": 64}]
+    rows = [older | {"seed": 0}, older | usual | {"seed": 1}]
+    rows += [older | usual | other | {"seed": 2} for other in others]
+    content = {"rows": [row | {"curve": [end]} for row in rows]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    found = tables.main(tables.parse_args([str(tmp_path / "a.json")]))
+    assert [row["n"] for row in found.values()] == [2, 1, 1, 1, 1, 1]
 
 
 def test_a_column_that_a_seed_lacks_is_over_the_others(tmp_path):

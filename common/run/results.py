@@ -27,6 +27,7 @@ TELLING = (
     "stage",
     "method",
     "norm",
+    "change",
     "arch",
     "lam",
     "gamma",
