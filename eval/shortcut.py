@@ -127,15 +127,11 @@ def default_json(args, study):
     return RESULTS / f"shortcut_{args.study}.json"
 
 
-def usual_recipe(norm, study):
-    return study["recipes"].get(norm, study["usual"])
-
-
-def recipe_of(norm, args, change="usual"):
-    """The recipe of a network, with a change of the study `recipe`."""
-    recipe = usual_recipe(norm, STUDIES[args.study])
-    if args.epochs:
-        recipe = recipe._replace(epochs=args.epochs)
+def recipe_of(norm, study, epochs=None, change="usual"):
+    """The recipe of a network in one of STUDIES, for other epochs, with one of CHANGES."""
+    recipe = study["recipes"].get(norm, study["usual"])
+    if epochs:
+        recipe = recipe._replace(epochs=epochs)
     kinds = {"epochs": int, "lr": float, "batch_size": int}
     new = {k: kinds[k](getattr(recipe, k) * factor) for k, factor in CHANGES[change].items()}
     return recipe._replace(**new)
@@ -221,7 +217,7 @@ def read(path):
 def completed(row):
     """A row with all of KEYS. Older rows lack change and recipe: theirs were those of the study."""
     study = {study["data"]: study for study in STUDIES.values()}[row["data"]]
-    return {"change": "usual", **usual_recipe(row["norm"], study)._asdict(), **row}
+    return {"change": "usual", **recipe_of(row["norm"], study)._asdict(), **row}
 
 
 def add(row, path, args):
@@ -238,12 +234,18 @@ def key_of(row):
 
 def asked_for(row, args):
     """Whether a row has the data, the images and the recipe of the study on the command line."""
-    changes = CHANGES if args.study == "recipe" else ("usual",)
-    return (
-        (row["data"], row["images"]) == (STUDIES[args.study]["data"], args.images)
-        and row["change"] in changes
-        and [row[k] for k in Recipe._fields] == [*recipe_of(row["norm"], args, row["change"])]
-    )
+    study, change = STUDIES[args.study], row["change"]
+    if change not in (CHANGES if args.study == "recipe" else ("usual",)):
+        return False
+    recipe = recipe_of(row["norm"], study, args.epochs, change)._asdict()
+    return (recipe | {"data": study["data"], "images": args.images}).items() <= row.items()
+
+
+def timed(*args):
+    """The network of `train` and its {"cpu_seconds", "curve"}."""
+    begun = time.process_time()
+    model, curve = train(*args)
+    return model, {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
 
 
 def plain(row, recipe, dataset, args, precision):
@@ -262,6 +264,19 @@ def plain(row, recipe, dataset, args, precision):
     checkpoint = {"model": model.state_dict(), "found": found, "dataset": row["data"]}
     run.save_checkpoint(path, model.spec | checkpoint)
     return model, found
+
+
+def train_row(row, dataset, args, precision):
+    """Train the network of a row; returns its {"cpu_seconds", "curve"}."""
+    recipe, teacher = Recipe(*(row[key] for key in Recipe._fields)), None
+    if row["norm"] == "none":
+        return plain(row, recipe, dataset, args, precision)[1]
+    if row["norm"] == "ct":
+        teacher, _ = plain(
+            row, recipe_of("none", STUDIES[args.study], args.epochs), dataset, args, precision
+        )
+        teacher.to(memory_format=torch.channels_last).requires_grad_(requires_grad=False)
+    return timed(row["norm"], row["seed"], dataset, recipe, precision, teacher)[1]
 
 
 def markdown(rows):
@@ -305,9 +320,7 @@ def figure(rows, study, path):
 
     recipe: what swapping costs against the accuracy without the grating. A line joins half, usual
     and twice of one option. Points are means over seeds, bars their deviation."""
-    order = list(
-        dict.fromkeys(("bn", "ct", "none", "gn", "ln", "in", "nf", "fixup", *models.NORMS))
-    )
+    order = ["bn", "ct", "none", "gn", "ln", "in", "nf", "fixup", *models.NORMS]
     several, points = len({row["levels"] for row in rows}) > 1, {}
     for row in sorted(rows, key=lambda row: order.index(row["norm"])):
         title = f"{row['norm']}, {row['levels']:g}" if several else row["norm"]
@@ -325,24 +338,6 @@ def figure(rows, study, path):
     run.line_plot(path, lines, *AXES[study])
 
 
-def timed(*args):
-    """The network of `train` and its {"cpu_seconds", "curve"}."""
-    begun = time.process_time()
-    model, curve = train(*args)
-    return model, {"cpu_seconds": round(time.process_time() - begun, 1), "curve": curve}
-
-
-def train_row(row, dataset, args, precision):
-    """Train the network of a row; returns its {"cpu_seconds", "curve"}."""
-    recipe, teacher = Recipe(*(row[key] for key in Recipe._fields)), None
-    if row["norm"] == "none":
-        return plain(row, recipe, dataset, args, precision)[1]
-    if row["norm"] == "ct":
-        teacher, _ = plain(row, recipe_of("none", args), dataset, args, precision)
-        teacher.to(memory_format=torch.channels_last).requires_grad_(requires_grad=False)
-    return timed(row["norm"], row["seed"], dataset, recipe, precision, teacher)[1]
-
-
 def main(args):
     run.try_file(args.json, "--json")
     if not args.draw:
@@ -355,7 +350,7 @@ def main(args):
     dataset, loaded = None, None
     for seed, levels, change, norm in () if args.draw else wanted:
         row = {"data": study["data"], "norm": norm, "levels": levels, "seed": seed}
-        row |= {"change": change, **recipe_of(norm, args, change)._asdict()}
+        row |= {"change": change, **recipe_of(norm, study, args.epochs, change)._asdict()}
         row["images"] = args.images
         if key_of(row) in finished:
             continue

@@ -113,12 +113,12 @@ def test_batch_norm_leans_on_it_and_the_network_without_does_not(monkeypatch):
 
 
 def test_a_changed_recipe_is_the_usual_one_but_for_one_number():
-    args = study.parse_args(["recipe"])
-    usual = study.recipe_of("none", args)
+    own = study.STUDIES["recipe"]
+    usual = study.recipe_of("none", own)
     assert usual == (16, 0.2, 1.0, 128)
-    assert study.recipe_of("none", args, "half the epochs") == usual._replace(epochs=8)
-    assert study.recipe_of("none", args, "twice the rate") == usual._replace(lr=0.4)
-    assert study.recipe_of("none", args, "half the batch") == usual._replace(batch_size=64)
+    assert study.recipe_of("none", own, change="half the epochs") == usual._replace(epochs=8)
+    assert study.recipe_of("none", own, change="twice the rate") == usual._replace(lr=0.4)
+    assert study.recipe_of("none", own, change="half the batch") == usual._replace(batch_size=64)
 
 
 @pytest.fixture
