@@ -149,8 +149,19 @@ def start(line):
     study.main(study.parse_args(line.split()))
 
 
-def test_a_stopped_run_goes_on(trained, tmp_path, capsys):
-    start("cifar10 --norms bn --sizes 1 --seeds 1")
+def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch, capsys):
+    """It was stopped in the second training, and then asked for another seed."""
+
+    def train(*args):
+        if trained:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    whole = study.train
+    monkeypatch.setattr(study, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        start("cifar10 --norms bn --sizes 1,2 --seeds 1")
+    monkeypatch.setattr(study, "train", whole)
     start("cifar10 --norms bn --sizes 1,2 --seeds 2")
     assert [seed for _, seed, _, _ in trained] == [0, 0, 1, 1]
     rows = study.read(tmp_path / "results" / "shortcut_cifar10.json")
