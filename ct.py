@@ -19,8 +19,8 @@ image for both. The paper does not specify these; our choices, nearly all of the
   4. teacher          --teacher-*: its length, peak rate 0.2, gradients clipped at norm 1
   5. everything else  as in the AugMix paper: SGD at 0.1, Nesterov momentum 0.9, weight decay 5e-4,
                       batch 128, warm-up and cosine, flip and crop; --policy augmix adds AugMix
-Choices 1 to 4 were made on a validation split and the four extra corruptions, never on the
-benchmark's 15: eval/results/ct_shapes_search.json and ct_cifar10_search.json.
+Chosen on validation splits and the four extra corruptions, never on the 15: on CIFAR-10 distance,
+lam and the teacher's rate; on `shapes` lam, start and the teacher's length (ct_*_search.json).
 
     python ct.py                                       # embedded data, three minutes on a CPU
     python ct.py --dataset cifar100 --arch wrn28       # WRN-28-10, the full job on a GPU

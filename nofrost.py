@@ -23,8 +23,8 @@ wrnD-K, resnetN with --norm nf).
     python nofrost.py --dataset cifar10 --norms nf,bn,dual-bn  # with BatchNorm too, in one table
     python nofrost.py --dataset cifar10 --lam 0          # normal training
 
-The robust accuracy of the paper (22 to 24 %, ResNet-50) is PGD-20's. Under stronger attacks the
-official network keeps 5.3 % (APGD-CE, 100 steps) and 1.3 % (AutoAttack).
+The robust accuracy of the paper (22 to 24 %, ResNet-50) is PGD-20's. Under AutoAttack its figure
+reports 9.4 %. A user of the official network measured 1.3 %; nobody has reconciled the two.
 """
 
 import math

@@ -202,19 +202,23 @@ def final_numbers(folder):
 
 
 def trained_on(folders):
-    """{"device", "torch", "git"} of the processes that trained in the folders.
+    """{"device", "torch", "git"} of the processes that trained in the folders, and what --tune
+    chose there, as "tuned".
 
     Logs from before 2026-11-26 do not name the device."""
-    begun = []
+    lines = []
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
-            lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-            begun += [line for line in lines if line.get("event") in ("start", "resume")]
+            lines += map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    begun = [line for line in lines if line.get("event") in ("start", "resume")]
     names = ("device", "torch", "git") if begun else ()
     found = {
         name: dict.fromkeys(line.get(name, "not recorded") for line in begun) for name in names
     }
-    return {name: ", ".join(values) for name, values in found.items()}
+    found = {name: " and ".join(values) for name, values in found.items()}
+    tuned = [line for line in lines if line.get("event") == "tuned"]
+    chosen = [{k: v for k, v in line.items() if k != "event"} for line in tuned]
+    return found | ({"tuned": chosen} if chosen else {})
 
 
 def made_by_another(product, command):
@@ -485,7 +489,7 @@ def collect(args, name, table, rows, seeds):
     """What the JSON file holds: the numbers of every row, column and seed, and the commands.
 
     The results file in --out keeps its numbers of a row and seed as long as it knows more of them
-    than the trainings here. So several machines may share the rows of a table."""
+    than the trainings here, failed ones too. So several machines may share the rows of a table."""
     scale = table.scales[args.scale]
     published = published_rows(args, name, scale)
     found = []
@@ -498,7 +502,7 @@ def collect(args, name, table, rows, seeds):
             old, about = published.get((row.title, command, str(seed)), ({}, {}))
             if reason:
                 failures[str(seed)] = reason
-            if reason or known(values) >= known(old):
+            if known(values) >= known(old):
                 names = trainings_of(scale, row)
                 about = trained_on([run_folder(args, name, seed) for name in names])
             else:

@@ -153,9 +153,12 @@ def test_published_numbers_stay_until_they_are_measured_here(fake, tmp_path):
     content["rows"][1]["seeds"]["0"]["error"] = 77.0  # known here, so it is measured again
     (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
     assert errors([*elsewhere, "--rows", "B"]) == [[10.0, 11.0], [30.0]]
-    line = fake({"a": "--value 10", "b": "--value 30 --fail 0"}, rows)
-    elsewhere = [*line, "--runs", str(tmp_path / "third"), "--seeds", "1"]
-    assert errors([*elsewhere, "--rows", "B"]) == [[10.0, 11.0], []]
+    (tmp_path / "third" / "small" / "b-s0").mkdir(parents=True)
+    (tmp_path / "third" / "small" / "b-s0" / "log.jsonl").mkdir()  # the training fails there
+    third = [*line, "--runs", str(tmp_path / "third"), "--seeds", "1", "--rows", "B"]
+    assert errors(third) == [[10.0, 11.0], [30.0]]
+    content = json.loads((tmp_path / "headline_fake_small.json").read_text())
+    assert set(content["rows"][1]["failed"]) == {"0"}
 
 
 def test_where_numbers_stand(tmp_path):
