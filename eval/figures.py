@@ -5,7 +5,8 @@
     python eval/figures.py runs/a --out figures
 
 Without a run the figures of the results' JSON files are drawn anew beside them: the headline
-tables as points, the growth of the final layer with depth, the bands of the loss. Of a run there is
+tables as points, the growth of the final layer with depth, the bands of the loss, the study of the
+shortcut, the speed of a step. Of a run there is
 one SVG per measurement with all networks: their curves, and bands where a measurement was made at
 several step sizes.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run
-from eval import headline_report
+from eval import headline_report, shortcut, speed_scaling
 
 RESULTS = run.ROOT / "eval" / "results"
 
@@ -64,7 +65,21 @@ def draw_loss_bands(content, path):
     )
 
 
-DRAWN = {"growth": draw_growth, "loss_bands": draw_loss_bands}  # by the name of the JSON file
+def draw_scaling(content, path):
+    """Images per second over width, depth, batch, threads and processes, see eval/speed.py."""
+    speed_scaling.draw(path, content["scaling"]["axes"], content["scaling"]["base"])
+
+
+def draw_shortcut(content, path):
+    """The figure of a study of eval/shortcut.py; its name stands in the name of the file."""
+    rows = [shortcut.completed(row) for row in content["rows"]]
+    shortcut.figure(rows, path.stem.removeprefix("shortcut_"), path)
+
+
+DRAWN = {  # by the name of the JSON file
+    "growth": draw_growth, "loss_bands": draw_loss_bands, "speed_scaling": draw_scaling,
+    **{f"shortcut_{study}": draw_shortcut for study in shortcut.STUDIES},
+}  # fmt: skip
 
 
 def draw_results(out):
