@@ -77,6 +77,7 @@ AXES = {
     "recipe": ("accuracy with the grating removed, %", "accuracy that swapping it costs, points"),
 }
 KEYS = ("data", "norm", "levels", "change", *Recipe._fields, "images", "seed")  # of a row
+ORDER = ["bn", "none", "ct", "gn", "ln", "in", "nf", "fixup", *models.NORMS]  # of table and figure
 LAM = 20.0  # of CT, with the cosine of pooled features
 FEW = 1000  # test images of the accuracies before the end
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -279,15 +280,19 @@ def train_row(row, dataset, args, precision):
     return timed(row["norm"], row["seed"], dataset, recipe, precision, teacher)[1]
 
 
+def place_of(row):
+    """Where a row stands in the table."""
+    return list(CHANGES).index(row["change"]), row["levels"], ORDER.index(row["norm"])
+
+
 def markdown(rows):
     """A table of what the rows say at their end: accuracy in %, mean +- deviation over seeds."""
     groups = {}
     for row in rows:
         groups.setdefault(key_of(row)[:-1], []).append(row)
-    order = {change: place for place, change in enumerate(CHANGES)}
     recipes = len({row["change"] for row in rows}) > 1
     lines = []
-    for found in sorted(groups.values(), key=lambda g: (order[g[0]["change"]], g[0]["levels"])):
+    for found in sorted(groups.values(), key=lambda group: place_of(group[0])):
         first, ends = found[0], [row["curve"][-1] for row in found]
         cells = [first["change"]] if recipes else []
         cells += [f"{first['levels']:g}", f"`{first['norm']}`"]
@@ -320,9 +325,8 @@ def figure(rows, study, path):
 
     recipe: what swapping costs against the accuracy without the grating. A line joins half, usual
     and twice of one option. Points are means over seeds, bars their deviation."""
-    order = ["bn", "ct", "none", "gn", "ln", "in", "nf", "fixup", *models.NORMS]
     several, points = len({row["levels"] for row in rows}) > 1, {}
-    for row in sorted(rows, key=lambda row: order.index(row["norm"])):
+    for row in sorted(rows, key=lambda row: ORDER.index(row["norm"])):
         title = f"{row['norm']}, {row['levels']:g}" if several else row["norm"]
         for line, place, *point in points_of(row, study, title):
             points.setdefault(line, {}).setdefault(place, []).append(point)

@@ -162,19 +162,12 @@ def is_percent(column):
     return found and "%" not in column
 
 
-def cell(values):
-    """Mean and deviation of the values that are there; of how many, where some are not."""
-    known = [value for value in values if value is not None]
-    count = f" ({len(known)} of {len(values)})" if 0 < len(known) < len(values) else ""
-    return run.mean_sd(known) + count
-
-
 def rows_of(columns, titles, groups, *, per_seed):
     """The rows of a table: title, mean +- deviation of each column, n; below it each seed."""
     rows = []
     for title, (_, entries) in zip(titles, groups, strict=True):
         cells = [[lookup(entry, keys) for entry in entries] for keys in columns.values()]
-        rows.append([title, *map(cell, cells), len(entries)])
+        rows.append([title, *map(run.mean_sd, cells), len(entries)])
         for i, entry in enumerate(entries if per_seed else ()):
             numbers = ["-" if values[i] is None else values[i] for values in cells]
             rows.append([f"  seed {seed_of(entry, i)}", *numbers, ""])
