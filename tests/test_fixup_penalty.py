@@ -394,6 +394,8 @@ def test_tune_then_retrain_on_everything(tmp_path, monkeypatch):
     assert final["error/none+logits"] == sorted(result["values"])[1] and len(result["values"]) == 3
     a, b = (weights(tmp_path / "r" / f"none+logits-s{s}.pt") for s in (0, 1))
     assert not same(a, b)
+    seeds = [run.load_checkpoint(tmp_path / "r" / f"none+logits-s{s}.pt")["args"] for s in (0, 1)]
+    assert [options["seed"] for options in seeds] == [0, 1]
     used = run.load_checkpoint(tmp_path / "r" / "none+logits-s0.pt")
     assert used["optimizer"]["param_groups"][0]["lr_scale"] == 1.0
 

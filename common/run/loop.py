@@ -143,8 +143,8 @@ class Loop:
         """Keep the weights of the highest score; `load_best` brings them back, if any."""
         if self.best is None or score > self.best:
             self.best = score
-            content = {"step": self.done, "metrics": self.metrics, **self.average.state()}
-            self.rundir.save_best(self.stage, self.model.spec | content)
+            content = {"step": self.done, "metrics": self.metrics} | self._options()
+            self.rundir.save_best(self.stage, self.model.spec | content | self.average.state())
 
     def load_best(self):
         if self.best is not None:
@@ -182,10 +182,15 @@ class Loop:
             state = {"step": self.done, "total": self.total, "metrics": self.metrics}
             state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}
             state |= {**self.average.state(), "optimizer": self.optimizer.state_dict()}
+            state |= self._options()
             with self._saving:
                 self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)
         if stop:
             self.rundir.leave(f"after step {self.done} of {self.total} of {self.stage}")
+
+    def _options(self):
+        """The run's options, with the seed of this network: a run may have several."""
+        return {"args": self.rundir.options | {"seed": self.batches.seed}}
 
     def _told_to_stop(self):
         """Whether a signal came. The processes agree: all must stop after the same step."""
