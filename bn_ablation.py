@@ -328,7 +328,7 @@ def train(stage, model, lr, args, task, rundir, precision):
 
 def main(args):
     if args.seeds > 1:
-        return run.each_seed(main, args)
+        return run.each_seed(main, args, run.band_columns, first="run", floats=".4g")
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     if precision.name == "fp16":
@@ -353,24 +353,16 @@ def main(args):
             rundir.log(run=name, event="diverged", step=error.step)
             print(f"{name}: diverged at step {error.step}")
         run.lay_out_bands(rundir, name)
-    return report(ends, task, len(dataset.classes), args, rundir)
+    return report(ends, len(dataset.classes), args, rundir)
 
 
-def report(ends, task, num_classes, args, rundir):
+def report(ends, num_classes, args, rundir):
     """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
     figures, summaries = run.write_bands(rundir, ends, args)
     metrics = run.by_metric(summaries)
-    final = {f"{metric}/{k}": v for metric, row in metrics.items() for k, v in row.items()}
-    rundir.close(final)
+    rundir.close(final := run.final_numbers(metrics))
 
-    first, slot = (next(iter(task.targets[k].values())) for k in ("layers", "slots"))
-    shown = {
-        "loss": "loss", "accuracy": "train %", "test": "test %", "diverged": "diverged",
-        "landscape_width": "loss band", "predictiveness_high": "gradient change", "beta": "beta",
-        f"shift_l2_{first}": f"shift l2 {first}", f"shift_cos_{first}": "cos",
-        f"mean_step_{slot}": "mean moves",
-    }  # fmt: skip
-    columns = {title: metrics[key] for key, title in shown.items() if key in metrics}
+    columns = run.band_columns(metrics)
     run.warn_of_chance(columns.get("test %", {}), num_classes)
     run.print_table(columns, "run", ".4g")
     print(f"{args.dataset}, {args.arch}, seed {args.seed}; loss and accuracies at the end, else")
@@ -378,11 +370,11 @@ def report(ends, task, num_classes, args, rundir):
     print(f"figures: {figures.resolve()}")
     paper = "with BatchNorm the loss and its gradient change less along a step."
     following = {
-        "tensorboard --logdir runs": "bands in CUSTOM SCALARS",
-        "python bn_ablation.py --arch dln25 --norms none,bn,l1": "the linear network",
-        "python bn_ablation.py --dataset cifar10 --lrs 0.1,0.5": "the paper's, for a GPU",
+        "bands in CUSTOM SCALARS": "tensorboard",
+        "the linear network": "bn_ablation.py --arch dln25 --norms none,bn,l1",
+        "real images": "bn_ablation.py --dataset cifar10 --arch vgg11-16 --steps 1000",
     }
-    run.print_findings(paper, verdict(columns), following)
+    run.print_findings(paper, verdict(columns), args, rundir.dir, following)
     return final
 
 

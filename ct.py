@@ -65,11 +65,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--lam", type=nonnegative(float), help="weight of L_ct; 0 leaves it out")
     add("--distance", default="cosine", choices=["mse", "relative", "cosine", "kl"], help="L_ct")
-    match = "what L_ct compares (default: features, for kl logits)"
-    add("--match", choices=["features", "logits"], help=match)
+    add("--match", choices=["features", "logits"], help="in L_ct (default: features; kl: logits)")
     add("--temperature", type=positive(float), default=4.0, help="softmax temperature of kl")
-    starts = ["fresh", "teacher"]
-    add("--student-init", default="fresh", choices=starts, help="fresh, or the teacher's weights")
+    add("--student-init", default="fresh", choices=["fresh", "teacher"], help="its first weights")
     add("--teacher", metavar="CKPT", help="trained teacher (default: train one in this run)")
     add("--teacher-epochs", type=positive(int), help="default: --epochs, on shapes twice as many")
     add("--teacher-lr", type=positive(float), default=0.2, help="its peak learning rate")
@@ -189,15 +187,14 @@ def train(stage, model, args, task, rundir, precision, teacher=None):
 
 # --- main ---------------------------------------------------------------------------------------
 
-TITLES = {"teacher": "teacher", "baseline": "baseline", "student": "CT"}
 SHOWN = {"error": "clean", "corrupted": "corrupted", **data.SHORTCUT_TESTS}
 
 
 def main(args):
     if args.seeds > 1:
-        return run.each_seed(main, args)
+        return run.each_seed(main, args, lambda e: run.accuracy_columns(e, SHOWN, titles(args)))
     if args.test_domain == "all":
-        return run.each_domain(main, args, data.domain_names(args.dataset, args.data_dir), TITLES)
+        return run.each_domain(main, args, data.domain_names, titles(args))
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
@@ -206,14 +203,13 @@ def main(args):
     teacher, networks = None, {"student": student}
     if args.lam or args.student_init == "teacher":
         if args.teacher:
-            teacher = models.load_teacher(args.teacher, student, device)
+            teacher = models.load_teacher(args.teacher, student, device, args)
         else:
             teacher = build("none", args, dataset, device)
         baseline = {"baseline": copy.deepcopy(student)} if args.baseline else {}
         networks = {"teacher": teacher, **baseline, "student": student}
     results = ("error", "corrupted", *dataset.shortcut_tests)
     rundir = run.RunDir(args, __file__, precision, "student", results)  # from here on files appear
-
     rate = {"lr": args.teacher_lr, "clip": args.teacher_clip}
     teacher_args = run.changed(args, epochs=args.teacher_epochs, **rate)
     lengths = {"teacher": 0 if args.teacher else args.teacher_epochs}
@@ -230,6 +226,11 @@ def main(args):
     return report(networks, dataset, args, rundir, precision)
 
 
+def titles(args):
+    """{network: its name in the tables}; a student without L_ct is no CT."""
+    return {k: k for k in ("teacher", "baseline")} | {"student": "CT" if args.lam else args.norm}
+
+
 def report(networks, dataset, args, rundir, precision):
     """Print the table of the run and what it says; returns {"<metric>/<network>": value}."""
     tests = {"error": dataset.test, **dataset.shortcut_tests}
@@ -237,25 +238,23 @@ def report(networks, dataset, args, rundir, precision):
     if args.corrupted_images:
         errors["corrupted"] = corruptions.corruption_errors(networks, dataset, args, precision)
         corruptions.show(networks, dataset, args, rundir)
-    final = {f"{metric}/{k}": v for metric, row in errors.items() for k, v in row.items()}
-    rundir.close(final)
+    rundir.close(final := run.final_numbers(errors))
 
-    named = {metric: {TITLES[k]: v for k, v in row.items()} for metric, row in errors.items()}
-    columns = run.accuracy_columns(named, SHOWN)
-    run.warn_of_chance(columns["clean"], len(dataset.classes))
-    run.print_table(columns)
+    columns = run.accuracy_columns(errors, SHOWN, titles(args))
+    run.print_accuracies(columns, len(dataset.classes))
     chosen = "epoch of least validation error" if args.test_domain else "last epoch"
     tested = f"{args.dataset} {args.test_domain or 'test'}, {len(dataset.test)} images"
     print(f"{tested}, {args.arch}, {chosen}, seed {args.seed}")
     if args.corrupted_images:
         print(corruptions.describe(dataset, args))
-    paper = "without BatchNorm less clean and more corrupted accuracy; CT has both."
+    paper = "without BatchNorm worse on clean images, better on corrupted; CT is good on both."
     following = {
-        "tensorboard --logdir runs": "the curves of this run",
-        run.command("eval/corruptions.py", rundir.dir / "last.pt"): "each corruption",
-        "python ct.py --dataset cifar10 --arch wrn16-1 --epochs 20": "real images",
+        "the curves of this run": "tensorboard",
+        "each corruption": ["eval/corruptions.py", rundir.kept("student")],
+        "real images, half an hour on a core": "ct.py --dataset cifar10 --arch wrn16-1 --epochs 10",
     }
-    run.print_findings(paper, verdict(columns, 150 / len(dataset.classes)), following)
+    here = verdict(columns, 150 / len(dataset.classes))
+    run.print_findings(paper, here, args, rundir.dir, following)
     return final
 
 
@@ -271,8 +270,9 @@ def verdict(columns, barely):
         return "; ".join(words) + "."
     shown = {k: columns[k] for k in ("clean", "corrupted") if k in columns}
     words = [f"{n} {' / '.join(f'{v[n]:.1f}' for v in shown.values())} %" for n in clean]
-    against = {k: v["CT"] - v["baseline"] for k, v in shown.items() if "baseline" in v}
-    words += [f"CT against baseline {gain:+.1f} {k}" for k, gain in against.items()]
+    if {"CT", "baseline"} <= clean.keys():
+        gains = {k: v["CT"] - v["baseline"] for k, v in shown.items()}
+        words += [f"CT against baseline {gain:+.1f} {k}" for k, gain in gains.items()]
     return f"{' / '.join(shown)}: {', '.join(words)}."
 
 

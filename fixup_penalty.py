@@ -61,12 +61,8 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0).add_argument
     add("--scalar-lr", type=positive(float), default=0.1, help="share of --lr for its scalars")
-    add(
-        "--schedule",
-        default="cosine",
-        choices=["cosine", "steps"],
-        help="steps: x0.1 at 1/2 and 3/4",
-    )
+    kinds = ["cosine", "steps"]
+    add("--schedule", default="cosine", choices=kinds, help="steps: x0.1 at 1/2 and 3/4")
     add("--mixup", type=nonnegative(float), default=0.0, help="alpha of mixup; 0 is none")
     add = parser.add_argument_group("method").add_argument
     add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")
@@ -270,22 +266,19 @@ def report(networks, metrics, stages, dataset, args, rundir, precision):
     for metric in ("train_accuracy", "final_layer"):
         found[metric] = {stage: own[metric] for stage, own in metrics.items()}
     medians = run.medians_over_seeds(found, stages, rundir)
-    final = {f"{metric}/{k}": v for metric, row in medians.items() for k, v in row.items()}
-    rundir.close(final)
+    rundir.close(final := run.final_numbers(medians))
 
     columns = run.accuracy_columns(medians, {"error": "test %", "corrupted": "corrupted %"})
     columns |= {"train %": medians["train_accuracy"], "final layer": medians["final_layer"]}
-    run.warn_of_chance(columns["test %"], len(dataset.classes))
-    run.print_table(columns, "variant")
+    run.print_accuracies(columns, len(dataset.classes), "variant")
     print("accuracies, higher is better; final layer: mean square of the embedding at the end")
     print(f"{args.dataset}, {len(dataset.train)} training images, {len(dataset.test)} test images,")
     print(f"  {args.arch}, last epoch, median of {args.seeds} seeds from {args.seed} on")
     paper = "Fixup and the penalty bring a large part of BatchNorm's test accuracy back."
-    following = {
-        "tensorboard --logdir runs": "growth of the final layer, tag embedding",
-        "python fixup_penalty.py --dataset cifar10 --limit 4000 --arch wrn16-1": "real images",
-    }
-    run.print_findings(paper, verdict(columns), following)
+    real = "fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1 --epochs 40"
+    following = {"growth of the final layer, tag embedding": "tensorboard"}
+    following["real images, a quarter of an hour on a core"] = real
+    run.print_findings(paper, verdict(columns), args, rundir.dir, following)
     return final
 
 

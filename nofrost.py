@@ -55,6 +55,7 @@ DEFAULTS = {
     },
 }  # fmt: skip
 JUDGES = {"pgd-20": "PGD-20", "apgd-ce": "then APGD-CE", "apgd-t": "then APGD-T"}
+SHOWN = {"error": "clean", **JUDGES}
 NORMS = ("nf", "none", "gn", "in", "ln", "bn", "dual-bn")
 SEPARATE = ("bn", "dual-bn")  # normalisers for which clean and adversarial images go separately
 
@@ -290,7 +291,7 @@ def train(stage, model, args, task, rundir, precision):
 
 def main(args):
     if args.seeds > 1:
-        return run.each_seed(main, args)
+        return run.each_seed(main, args, lambda errors: run.accuracy_columns(errors, SHOWN))
     device = run.get_device(args.device)
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
@@ -323,12 +324,10 @@ def report(networks, dataset, args, rundir, precision):
         picture = attacks.picture(model, eight, dataset.classes, args.eps, args.attack_norm)
         rundir.writer(norm).add_image("attack", picture, rundir.step(norm), dataformats="HWC")
     errors = run.by_metric(rows)
-    final = {f"{metric}/{k}": v for metric, row in errors.items() for k, v in row.items()}
-    rundir.close(final)
+    rundir.close(final := run.final_numbers(errors))
 
-    columns = run.accuracy_columns(errors, {"error": "clean", **JUDGES})
-    run.warn_of_chance(columns["clean"], len(dataset.classes))
-    run.print_table(columns)
+    columns = run.accuracy_columns(errors, SHOWN)
+    run.print_accuracies(columns, len(dataset.classes))
     print(f"{args.dataset} test, {len(dataset.test)} images, {args.arch}, seed {args.seed}")
     if args.robust_images:
         print(f"attacks: {args.attack_norm}, eps {args.eps:g}/255, {len(few)} images, 1 start,")
@@ -337,12 +336,13 @@ def report(networks, dataset, args, rundir, precision):
     here = run.compare(pair, {"clean": len(dataset.test), "robust": len(few)})
     file = rundir.dir / rundir.file(args.norms[0])
     following = {
-        "tensorboard --logdir runs": "the curves, and pictures of attacks",
-        run.command("eval/adversarial.py", file, "--attacks", "standard"): "all of AutoAttack",
-        "python nofrost.py --dataset cifar10 --norms nf,bn --arch wrn10-1": "real images",
+        "the curves, and pictures of attacks": "tensorboard",
+        "all of AutoAttack": ["eval/adversarial.py", file, "--attacks", "standard"],
+        "real images, half an hour on a core": "nofrost.py --dataset cifar10 --norms nf,bn "
+        "--arch wrn10-1 --limit 5000 --epochs 20",
     }
     paper = "without BatchNorm, adversarial training keeps more clean and robust accuracy."
-    run.print_findings(paper, here, following)
+    run.print_findings(paper, here, args, rundir.dir, following)
     return final
 
 

@@ -297,7 +297,7 @@ def markdown(rows):
         cells = [first["change"]] if recipes else []
         cells += [f"{first['levels']:g}", f"`{first['norm']}`"]
         for name in ("clean", "without", "swapped"):
-            cells.append(run.mean_sd([end[name] for end in ends], 1))
+            cells.append(run.mean_sd([end[name] for end in ends], ".1f"))
         lines.append([*cells, len(found)])
     header = ["recipe"] if recipes else []
     header += ["grey levels", "network", "clean", "grating removed", "grating swapped", "seeds"]

@@ -67,7 +67,7 @@ def test_imports(folder):
             elif isinstance(node, ast.ImportFrom):
                 found.add(node.module.split(".")[0])
         others = {"torchattacks", "foolbox"} if path.name.startswith("speed") else set()
-        if path.name.startswith(("headline", "speed", "tables", "figures")):
+        if path.name.startswith(("headline", "speed", "table", "figures")):
             others |= {"eval"}  # one program in several files
         assert found - allowed - others <= sys.stdlib_module_names, path.name
 

@@ -22,7 +22,6 @@ from common.models.evaluation import (
     place_of,
     say_unfinished,
     triple,
-    unfinished,
     with_gamma,
 )
 from common.models.init import (
@@ -99,6 +98,7 @@ from common.models.weights import (
     load_foreign,
     load_pretrained,
     load_teacher,
+    unfinished,
 )
 from common.models.zoo import (
     ARCHS,

@@ -15,6 +15,7 @@ from common.models.weights import (
     image_size_of,
     load_foreign,
     load_own,
+    unfinished,
     unwrap,
     without_statistics,
 )
@@ -68,15 +69,6 @@ def deviations(text):
     if min(values) == 0:
         raise argparse.ArgumentTypeError(f"{text}: a deviation of 0 divides by zero")
     return values
-
-
-def unfinished(checkpoint):
-    """Where the training of a checkpoint stands, as "step 175 of 400"; None at its end.
-
-    The checkpoint of a selected epoch does not say how long the training was: None, too.
-    """
-    step, total = checkpoint.get("step"), checkpoint.get("total")
-    return f"step {step} of {total}" if step and total and step < total else None
 
 
 def say_unfinished(label, facts):

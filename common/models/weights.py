@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common import run
+from common.models.adapt import batch_norms
 from common.models.own import Own
 from common.models.zoo import CIFAR_RESNETS, IMAGENET_RESNETS, build, from_checkpoint
 from common.run import UserError
@@ -201,16 +202,43 @@ def fold(conv, norm):
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
-def load_teacher(path, student, device):
+def unfinished(checkpoint):
+    """Where the training of a checkpoint stands, as "step 175 of 400"; None at its end.
+
+    The checkpoint of a selected epoch does not say how long the training was: None, too.
+    """
+    step, total = checkpoint.get("step"), checkpoint.get("total")
+    return f"step {step} of {total}" if step and total and step < total else None
+
+
+def trained_on(options):
+    """In words, the training images that a dict of options names."""
+    name = options.get("dataset", "unknown data").removesuffix(".1")  # cifar10.1 has a test alone
+    left_out = options.get("test_domain")
+    return f"{name} without {left_out}" if left_out else name
+
+
+def load_teacher(path, student, device, args):
     """The network of a checkpoint, in eval mode, to teach `student` on `device`.
 
-    Raises UserError where its architecture or its number of classes is another."""
+    args: options of the student's training. Raises UserError where the architecture or the number
+    of classes is another. Warns of BatchNorm, of a training that has not ended, and of other data.
+    """
     checkpoint = run.load_checkpoint(path, device)
     for key in ("arch", "num_classes"):
         own, wanted = checkpoint[key], student.spec[key]
         if own != wanted:
             raise UserError(f"--teacher {path}: its {key} is {own}, the student's is {wanted}")
     teacher = from_checkpoint(checkpoint, student.spec["arch"])
+    theirs, ours = trained_on(checkpoint.get("args", {})), trained_on(vars(args))
+    warnings = {
+        "has BatchNorm, which the method's teacher lacks": bool(batch_norms(teacher)),
+        f"{unfinished(checkpoint)}, its training has not ended": bool(unfinished(checkpoint)),
+        f"was trained on {theirs}, the student is on {ours}": theirs != ours,
+    }
+    for text, holds in warnings.items():
+        if holds:
+            print(f"warning: --teacher {path}: {text}")
     return teacher.to(device, memory_format=torch.channels_last)
 
 

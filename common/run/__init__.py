@@ -1,6 +1,13 @@
 """Everything around a method: errors, options, device, checkpoints, the run directory, the loop."""
 
-from common.run.bands import draw_bands, lay_out_bands, read_history, record, write_bands
+from common.run.bands import (
+    band_columns,
+    draw_bands,
+    lay_out_bands,
+    read_history,
+    record,
+    write_bands,
+)
 from common.run.chart import custom_scalars, line_chart, scatter_chart
 from common.run.checkpoint import ROOT, git_hash, load_checkpoint, older, save_checkpoint, versions
 from common.run.cli import (
@@ -72,7 +79,14 @@ from common.run.repeat import (
     search,
     with_seeds,
 )
-from common.run.report import accuracy_columns, by_metric, print_findings, print_table
+from common.run.report import (
+    accuracy_columns,
+    by_metric,
+    final_numbers,
+    print_accuracies,
+    print_findings,
+    print_table,
+)
 from common.run.results import (
     Results,
     add_table_arguments,
@@ -112,6 +126,7 @@ __all__ = [
     "add_evaluation_arguments",
     "add_recipe_arguments",
     "add_table_arguments",
+    "band_columns",
     "by_data",
     "by_metric",
     "can_compile",
@@ -134,6 +149,7 @@ __all__ = [
     "eval_mode",
     "evaluate",
     "fill",
+    "final_numbers",
     "finite",
     "form_of",
     "format_table",
@@ -164,6 +180,7 @@ __all__ = [
     "positive",
     "predict",
     "predict_all",
+    "print_accuracies",
     "print_findings",
     "print_table",
     "rank",

@@ -66,6 +66,21 @@ def write_bands(rundir, ends, args):
     return folder, summaries
 
 
+def band_columns(metrics):
+    """The table {title: {run: number}} of {metric: {run: number}}; of the first layer and slot."""
+    layer, slot = (
+        next((key.removeprefix(prefix) for key in metrics if key.startswith(prefix)), "")
+        for prefix in ("shift_l2_", "mean_step_")
+    )
+    shown = {
+        "loss": "loss", "accuracy": "train %", "test": "test %", "diverged": "diverged",
+        "landscape_width": "loss band", "predictiveness_high": "gradient change", "beta": "beta",
+        f"shift_l2_{layer}": f"shift l2 {layer}", f"shift_cos_{layer}": "cos",
+        f"mean_step_{slot}": "mean moves",
+    }  # fmt: skip
+    return {title: metrics[key] for key, title in shown.items() if key in metrics}
+
+
 def lay_out_bands(rundir, stage):
     """Show the measurements of a network that have a band under CUSTOM SCALARS."""
     banded = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common.run.checkpoint import ROOT
 from common.run.device import LONG, environment_number, world
 from common.run.errors import UserError, out_of_memory
 from common.run.progress import Lasting
@@ -195,9 +196,11 @@ class Flag(argparse.BooleanOptionalAction):
         self.help = help
 
 
-def command(*words):
-    """A command line that starts Python with these words, quoted as a shell needs it."""
-    return shlex.join(["python", *map(str, words)])
+def command(script, *words):
+    """The command line of a script of this project, from the current directory, as a shell needs
+    it."""
+    place = script if Path.cwd() == ROOT else ROOT / script
+    return shlex.join(["python", str(place), *map(str, words)])
 
 
 def home(word):

@@ -6,9 +6,14 @@ from pathlib import Path
 
 from common.run.cli import changed, command
 from common.run.errors import Diverged
-from common.run.report import print_average
-from common.run.results import table
+from common.run.report import print_average, print_table_of_seeds
 from common.run.rundir import default_name
+
+
+def root_of(main, args):
+    """The folder of the runs of a script that runs several times."""
+    script = Path(main.__globals__["__file__"]).stem
+    return Path(args.out or default_name(args, script)).expanduser()
 
 
 def repeat(main, args, parts):
@@ -16,8 +21,7 @@ def repeat(main, args, parts):
 
     A part that was begun goes on, and a finished one is evaluated again, where args.resume is set.
     """
-    script = Path(main.__globals__["__file__"]).stem
-    root = Path(args.out or default_name(args, script)).expanduser()
+    root = root_of(main, args)
     found = {}
     for name, change in parts.items():
         out = root / name
@@ -26,26 +30,23 @@ def repeat(main, args, parts):
     return found
 
 
-def each_seed(main, args):
-    """`main` for --seeds seeds from --seed on, then a table of mean +- standard deviation.
+def each_seed(main, args, columns_of, **form):
+    """`main` for --seeds seeds from --seed on, then its table as mean +- standard deviation.
 
+    columns_of: function of a seed's numbers {metric: {network: value}} that gives its table
+    {title: {row: number}}. form: `first` and `floats` of `print_table`.
     Returns {"<metric>/<network>/s<seed>": value}."""
     seeds = range(args.seed, args.seed + args.seeds)
     parts = {f"s{seed}": {"seed": seed, "seeds": 1} for seed in seeds}
     found = repeat(main, args, parts)
-    first = next(iter(found.values()))
-    metrics = list(dict.fromkeys(key.partition("/")[0] for key in first))
-    networks = list(dict.fromkeys(key.partition("/")[2] for key in first))
-    rows = []
-    for network in networks:
-        row = [network]
-        for metric in metrics:
-            values = [final.get(f"{metric}/{network}") for final in found.values()]
-            values = [v for v in values if v is not None]
-            spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            row.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
-        rows.append(row)
-    print(f"\n{table(rows, [f'mean +- sd of {args.seeds} seeds', *metrics])}")
+    tables = []
+    for final in found.values():
+        metrics = {}
+        for key, value in final.items():
+            metric, _, network = key.partition("/")
+            metrics.setdefault(metric, {})[network] = value
+        tables.append(columns_of(metrics))
+    print_table_of_seeds(tables, **form)
     return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}
 
 
@@ -100,12 +101,15 @@ def search(args, values, fit, rundir):
     return changed(args, **chosen)
 
 
-def each_domain(main, args, domains, networks):
+def each_domain(main, args, domain_names, networks):
     """`main` for every domain left out of training, then a table of accuracies.
 
-    networks: their names in the final numbers. Returns {"<metric>/<network>/<domain>": value}."""
+    domain_names: of --dataset and --data-dir. networks: {name in the final numbers: title}.
+    Returns {"<metric>/<network>/<domain>": value}."""
+    domains = domain_names(args.dataset, args.data_dir)
     found = repeat(main, args, {name: {"test_domain": name} for name in domains})
     print_average(found, "error", networks, domains)
     print(f"Each domain was left out of training once: {args.dataset}, seed {args.seed}.")
-    print(f"Over seeds: {command('eval/domains.py', args.out, '--data-dir', args.data_dir)}")
+    line = command("eval/domains.py", root_of(main, args), "--data-dir", args.data_dir)
+    print(f"Over seeds: {line}")
     return {f"{key}/{name}": v for name, final in found.items() for key, v in final.items()}

@@ -1,17 +1,31 @@
 """What a training ends with: a table, what it was measured on, and one sentence made of it."""
 
+import shlex
 import statistics
+from itertools import pairwise
 
-from common.run.results import table
+from common.run.cli import command
+from common.run.evaluate import warn_of_chance
+from common.run.results import mean_sd, table
+
+ACCURACY = "accuracy %, high is good"  # head of a table of accuracies
 
 
-def accuracy_columns(errors, titles):
-    """{title: {network: accuracy %}} of {metric: {network: error %}}, in the order of titles."""
+def accuracy_columns(errors, titles, names=None):
+    """{title: {network: accuracy %}} of {metric: {network: error %}}, in the order of titles.
+
+    names: {network: its name in the table} where that is another."""
+    names = names or {}
     return {
-        title: {name: 100 - error for name, error in errors[metric].items()}
+        title: {names.get(name, name): 100 - error for name, error in errors[metric].items()}
         for metric, title in titles.items()
         if metric in errors
     }
+
+
+def final_numbers(metrics):
+    """{"<metric>/<network>": value} of {metric: {network: value}}: what a script's main returns."""
+    return {f"{metric}/{k}": v for metric, row in metrics.items() for k, v in row.items()}
 
 
 def by_metric(rows):
@@ -23,30 +37,65 @@ def by_metric(rows):
     return found
 
 
-def print_table(columns, first="accuracy %, high is good", floats=".2f"):
+def print_table(columns, first=ACCURACY, floats=".2f"):
     """Print {title: {row: number}}: a line per row, "-" where a column lacks it."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
     print(f"\n{table(rows, [first, *columns], floats)}")
 
 
-def print_findings(paper, here, following):
-    """Print what the paper claims, what this run found, and commands {command: what it shows}."""
+def print_accuracies(columns, num_classes, first=ACCURACY):
+    """`print_table` after a warning of networks that are at chance in the first column."""
+    warn_of_chance(next(iter(columns.values())), num_classes)
+    print_table(columns, first)
+
+
+def print_table_of_seeds(tables, first=ACCURACY, floats=".2f"):
+    """Print tables {title: {row: number}} of several seeds as one of mean +- standard deviation."""
+    columns = {}
+    for title in dict.fromkeys(title for own in tables for title in own):
+        parts = [own.get(title, {}) for own in tables]
+        names = dict.fromkeys(name for part in parts for name in part)
+        columns[title] = {k: mean_sd([part.get(k) for part in parts], floats) for k in names}
+    print_table(columns, f"{first}; mean +- sd of {len(tables)} seeds")
+
+
+def print_findings(paper, here, args, folder, following):
+    """Print what the paper claims, what this run found, and commands that can follow it.
+
+    args: the run's options; folder: its directory. following: {what a command shows: "script.py
+    --option ...", or a list of its words}; "tensorboard" is that of the folder. The commands get
+    this run's --data-dir, and --arch where a network is a user's own. One that would train on this
+    run's data set is left out.
+    """
+    lines = {}
+    for shows, words in following.items():
+        script, *options = map(str, words.split() if isinstance(words, str) else words)
+        pairs = set(pairwise(options))
+        if script == "tensorboard":
+            lines[shlex.join([script, "--logdir", str(folder)])] = shows
+        elif not pairs & {("--dataset", args.dataset), ("--arch", args.arch)}:
+            evaluates = script.startswith("eval/")
+            if args.data_dir != "data" and (evaluates or "--dataset" in options):
+                options += ["--data-dir", args.data_dir]
+            if evaluates and ".py:" in args.arch:
+                options += ["--arch", args.arch]
+            lines[command(script, *options)] = shows
+    width = max(map(len, lines))
     print(f"\nPaper: {paper}\nHere: {here}\n\nNext:")
-    width = max(map(len, following))
-    for command, shows in following.items():
-        print(f"  {command:{width}}  # {shows}")
+    for line, shows in lines.items():
+        print(f"  {line:{width}}  # {shows}")
 
 
 def print_average(found, metric, networks, parts):
     """Print the accuracy of {part: {"<metric>/<network>": error %}}, a column a part, and the mean
-    over the parts."""
+    over the parts. networks: {network: its title}."""
     columns = {}
     for part in parts:
         columns[part] = {}
-        for name in networks:
+        for name, title in networks.items():
             if f"{metric}/{name}" in found[part]:
-                columns[part][name] = 100 - found[part][f"{metric}/{name}"]
+                columns[part][title] = 100 - found[part][f"{metric}/{name}"]
     shown = columns[parts[0]]
     columns["average"] = {n: statistics.mean(columns[p][n] for p in parts) for n in shown}
     print_table(columns, "accuracy % on")

@@ -244,15 +244,15 @@ def latex(text):
     return text.replace("+-", r"$\pm$")
 
 
-def mean_sd(values, digits=2):
+def mean_sd(values, floats=".2f"):
     """ "mean +- sample standard deviation" of the values that are not None, "-" where all are.
 
     One value stands alone. "(1 of 3)" follows where some are missing."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    text = f"{statistics.mean(known):.{digits}f}"
-    text += f" +- {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    text = format(statistics.mean(known), floats)
+    text += f" +- {statistics.stdev(known):{floats}}" if len(known) > 1 else ""
     return f"{text} ({len(known)} of {len(values)})" if len(known) < len(values) else text
 
 

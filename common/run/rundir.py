@@ -250,6 +250,11 @@ class RunDir:
     def best_file(self, stage):
         return "best.pt" if stage == self.last else f"{stage}-best.pt"
 
+    def kept(self, stage):
+        """The Path of the weights to evaluate: the best that were kept, else the last."""
+        best = self.dir / self.best_file(stage)
+        return best if best.exists() else self.dir / self.file(stage)
+
     def save(self, name, state):
         """Write a checkpoint. Raises Diverged instead of writing numbers that are not finite."""
         if rank():
