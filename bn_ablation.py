@@ -24,7 +24,9 @@ The paper leaves open or contradicts itself on, and here:
                  is gone after the smallest step. Then beta is 1 / (smallest eta), the 20 of Fig. 4c
   4. linear net  loss 0.5 * sum of squares, no normaliser after the last matrix, fp64
   5. noise       as in models.NoisyBatchNorm; l1, l2, linf as in models.LpNorm
-  6. precision   fp32 by default: the differences measured are of the size of bf16's rounding
+  6. start       Glorot's for a VGG of any norm. Residual networks without a normaliser start as in
+                 ct.py, by He's fan-in with scaled branches; in fixup_penalty.py by fan-out
+  7. precision   fp32 by default: the differences measured are of the size of bf16's rounding
 
     python bn_ablation.py                                      # embedded shapes data, minutes
     python bn_ablation.py --dataset cifar10 --lrs 0.1,0.5      # the paper's, 15,000 steps each
@@ -55,6 +57,7 @@ DEFAULTS = {
     "folders": VGG,
 }  # fmt: skip
 NORMS = ("none", "bn", "noisy-bn", "l1", "l2", "linf", "gn")
+NOT_LINEAR = ("dataset", "weight_decay", "batch_size", "limit", "val_size", "image_size", "augment")
 PROBED = {"vgg16": ((5, 10), (3, 11)), "dln25": ((9, 17), (1, 11, 24))}  # the paper's figures
 
 
@@ -85,10 +88,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=positive(int), metavar="STEPS", help="steps between evaluations")
     add("--seeds", type=positive(int), default=1, help="number of seeds, from --seed on")
-    run.add_arguments(parser, DEFAULTS)
+    run.add_arguments(parser, DEFAULTS, compiles=False)
     parser.set_defaults(precision="fp32", augment=False)
     args = run.parse(parser, argv)
     if args.arch == "dln25":
+        given = {k: v for k, v in args.differs.items() if k in NOT_LINEAR}
+        for key in (k for k, v in given.items() if v not in ("gaussian", 0)):  # as --resume has it
+            raise run.UserError(f"--{key.replace('_', '-')}: dln25 has its own data, no decay")
         args.dataset, args.weight_decay = "gaussian", 0.0
     run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
     wrong = {
@@ -343,8 +349,9 @@ def main(args):
     rundir = run.RunDir(args, __file__, precision, None, ["loss" if linear else "error"])
 
     ends = {}
-    for norm, lr in ((norm, lr) for lr in args.lrs for norm in args.norms):
-        name = f"{norm}-lr{lr:g}"
+    names = {f"{norm}-lr{lr:g}": (norm, lr) for lr in args.lrs for norm in args.norms}
+    rundir.plan(**dict.fromkeys(names, args.steps / task.batches.per_epoch))
+    for name, (norm, lr) in names.items():
         model = build(norm, args, dataset, device)
         try:
             ends[name] = train(name, model, lr, args, task, rundir, precision)

@@ -19,6 +19,7 @@ Only the introduction was available to us. Our choices, each an option:
   2. schedule     cosine, or x0.1 at 1/2 and 3/4 as Fixup's code (--schedule); Nesterov momentum
   3. stem         He like the rest, where Fixup's code has PyTorch's default
   4. clipping     at norm 1 for every variant, for He initialisation without BatchNorm
+  5. start        none: He's by fan-out, as in the Fixup paper; in ct.py and nofrost.py by fan-in
 
     python fixup_penalty.py             # 1,000 embedded pictures of 16 pixels, two minutes
     python fixup_penalty.py --dataset cifar10 --tune --seeds 10  # the paper's protocol, WRN-28-10
@@ -61,16 +62,16 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     add = run.add_recipe_arguments(parser, DEFAULTS, clip=1.0).add_argument
     add("--scalar-lr", type=positive(float), default=0.1, help="share of --lr for its scalars")
-    kinds = ["cosine", "steps"]
-    add("--schedule", default="cosine", choices=kinds, help="steps: x0.1 at 1/2 and 3/4")
+    add("--schedule", default="cosine", choices=["cosine", "steps"], help="steps: x0.1 at 1/2, 3/4")
     add("--mixup", type=nonnegative(float), default=0.0, help="alpha of mixup; 0 is none")
     add = parser.add_argument_group("method").add_argument
-    add("--variants", type=run.listed(str), help=f"networks (default: {','.join(VARIANTS)})")
+    words = f"+penalty, +embedding, +logits, +dropout, +he, +glorot (default: {','.join(VARIANTS)})"
+    add("--variants", type=run.listed(str), help=f"networks: a norm with any of {words}")
     add("--norm", choices=models.NORMS, help="one network: short for --variants NAME")
     start = "start of the weights (default: fixup for norm fixup, else he)"
     add("--init", choices=["he", "glorot", "fixup"], help=start)
-    kinds = ["embedding", "logits", "none"]
-    add("--penalty", default="none", choices=kinds, help="what +penalty keeps small: embedding")
+    kinds, what = ["embedding", "logits", "none"], "what +penalty keeps small (default: embedding)"
+    add("--penalty", default="none", choices=kinds, help=f"{what}; beside --norm it adds that")
     add("--penalty-weight", type=nonnegative(float), default=0.001, help="factor in the loss")
     add("--penalty-reduction", default="sum", choices=["mean", "sum"], help="over dimensions")
     add("--dropout", type=run.fraction, default=0.0, help="rate of +dropout; 0 means 0.3 there")
@@ -83,6 +84,8 @@ def parse_args(argv=None):
     if args.tune and not args.val_size:
         args.val_size = HELD_OUT.get(args.dataset.removesuffix(".1"), 10_000)
     args.variants = variants_of(args)
+    for name in args.variants:
+        options_of(name, args)  # refuses what does not go together
     return args
 
 
@@ -90,9 +93,7 @@ def variants_of(args):
     """The names of the networks to train, from --variants, or from --norm and its words."""
     words = [args.penalty] * (args.penalty != "none") + ["dropout"] * (args.dropout > 0)
     single = ["+".join([args.norm, *words])] if args.norm else None
-    if single and args.variants not in (None, single):
-        raise run.UserError("--norm is for one variant, --variants for several: give one")
-    names = single or list(dict.fromkeys(args.variants or VARIANTS))
+    names = run.either(single, args.variants, "--norm, --variants") or VARIANTS
     given = {word for name in names for word in name.split("+")[1:]}
     if args.dropout and "dropout" not in given:
         raise run.UserError("--dropout: no variant has +dropout")
@@ -124,6 +125,7 @@ def options_of(name, args):
             norm == "fixup" and own.init != "fixup",
         f"--init fixup takes no normaliser: norm fixup or none, not {norm}":
             own.init == "fixup" and norm not in ("fixup", "none", "noise"),
+        "dual-bn: half of it is idle without adversarial images; take bn": norm == "dual-bn",
         "bn-aux: the auxiliary images are not mixed, so --mixup must be 0":
             norm == "bn-aux" and args.mixup > 0,
     }  # fmt: skip
@@ -286,7 +288,7 @@ def verdict(columns):
     """A sentence made of the table: how much of the gap between none and bn comes back."""
     test, size = columns["test %"], columns["final layer"]
     if not {"none", "bn"} <= set(test):
-        return "the sentence needs the variants none and bn."
+        return "add none and bn to --variants to see how much of the gap comes back."
     words = [f"{name} {test[name] - test['none']:+.1f}" for name in test if name != "none"]
     return (
         f"test accuracy against none, in points: {', '.join(words)}; final layer "

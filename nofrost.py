@@ -91,16 +91,15 @@ def parse_args(argv=None):
     run.add_arguments(parser, DEFAULTS)
     args = run.parse(parser, argv)
     args.streams = data.check_streams(args.streams)
-    args.norms = [args.norm] if args.norm else args.norms
+    args.norms = run.either(args.norm and [args.norm], args.norms, "--norm, --norms")
     del args.norm  # --norms says it
     defaults = dict(run.defaults_for(DEFAULTS, args.dataset))
     if args.dataset in data.PHOTOGRAPHS and (args.norms or ["nf"]) != ["nf"]:
         defaults["arch"] = "resnet50"
     if args.loss == "trades" or not is_attacked(args):
         defaults["norms"] = [n for n in defaults["norms"] if n != "dual-bn"]
+    defaults["label_smoothing"] = 0.0 if args.loss == "trades" else 0.1
     run.fill(args, defaults)
-    if args.label_smoothing is None:
-        args.label_smoothing = 0.0 if args.loss == "trades" else 0.1
     check_options(args)
     args.capture = args.capture and is_attacked(args) and args.attack_mode == "eval"
     if is_attacked(args) and (warning := attacks.check_eps(args.eps, args.attack_norm, args.alpha)):
@@ -296,6 +295,7 @@ def main(args):
     precision = run.Precision(args.precision, device)
     dataset = data.from_args(args, device)
     task = make_task(dataset, args)
+    attacks.check_radius(args.eps, args.attack_norm, 3 * dataset.image_size**2)
     networks = {norm: build(norm, args, dataset, device) for norm in args.norms}
     results = ("error", *JUDGES) if args.robust_images else ("error",)
     last = args.norms[0] if len(args.norms) == 1 else None

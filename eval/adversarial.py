@@ -528,11 +528,12 @@ def evaluate(args, device, precision, networks, name, images, settings, results)
         every.append((title, found))
         largest = 255 * found.largest
         notes += [f"warning: {title}: {flag}" for flag in flags]
-        notes.append(
-            f"{title}: {found.images} adversarial images evaluated again in fp32, largest "
-            f"perturbation {largest:.6g}/255, {found.nan} NaN, values {found.low:.4g} to "
-            f"{found.high:.4g}"
-        )
+        if found.images:  # none where no image was right before the attack
+            notes.append(
+                f"{title}: {found.images} adversarial images evaluated again in fp32, largest "
+                f"perturbation {largest:.6g}/255, {found.nan} NaN, values {found.low:.4g} to "
+                f"{found.high:.4g}"
+            )
         entries.append(
             entry | {
                 "clean": {"error": 100 - accuracy["clean"]}, "accuracy": accuracy, "runs": facts,

@@ -34,7 +34,10 @@ TITLES = {  # of numbers in records of trainings
 NOT_NUMBERS = ("seed", "epochs", "seconds", "wall_seconds", "cpu_seconds", "loss")
 ROW_OPTIONS = ("network", "variant", "depth", "threads", "arch", *shortcut.KEYS)
 STAGES = ("teacher", "baseline", "student")
-FOREIGN = "no results that are known: give a JSON of eval/*.py"
+FOREIGN = (
+    "no results of networks that are known: give a JSON of corruptions.py, adversarial.py, "
+    "smoothness.py, domains.py, headline.py or shortcut.py, or the record of a training"
+)
 
 
 class Result(NamedTuple):
@@ -54,8 +57,8 @@ def read(path):
         results = of_content(content, Path(path).stem)
     except OSError as error:
         raise run.UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise run.UserError(f"{path}: {FOREIGN} ({error!r})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise run.UserError(f"{path}: {FOREIGN}") from None
     if not results or not any(result.entries for result in results):
         raise run.UserError(f"{path}: {FOREIGN}")
     return results

@@ -456,6 +456,8 @@ def test_svhn_is_an_npz_and_not_mirrored(tmp_path):
         ("--seeds 0", "above 0"),
         ("--penalty l1", "invalid choice"),
         ("--norm bn --variants none", "give one"),
+        ("--norm dual-bn", "half of it is idle"),
+        ("--norm fixup --init he", "fixup is an initialisation"),
         ("--dropout 0.5 --variants none,bn", r"no variant has \+dropout"),
         ("--penalty logits --variants none", r"no variant has \+penalty"),
         ("--growth 10,16", "eval/growth.py"),

@@ -22,7 +22,8 @@ import fixup_penalty
 import nofrost
 from common import corruptions, data, models, run
 from common.data import shapes
-from common.run import UserError
+from common.run import UserError, rundir
+from common.run.progress import Remaining
 
 EVERY = ["--save-every", "1"]  # however long a loaded machine takes to write
 TINY = "--arch resnet8 --batch-size 32 --precision fp32 --device cpu --corrupted-images 0".split()
@@ -281,9 +282,37 @@ def test_signal_between_loops(tmp_path, monkeypatch, capsys, own_signals):
         )
         with pytest.raises(SystemExit) as end:
             run.cli(lambda out: train_ct(out, "--corrupted-images", "5"), lambda: tmp_path / "r")
-    assert end.value.code == 75 and "go on with" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert end.value.code == 75 and "SIGTERM: stopped in the final evaluation; go on" in printed
     assert "corrupted/student" in train_ct(tmp_path / "r", "--resume", "auto",
                                            "--corrupted-images", "5")  # fmt: skip
+
+
+def test_where_a_signal_came_is_said_of_the_plan():
+    """Before, between and after the trainings of the plan; a search comes before it."""
+    remaining, over = Remaining(), []
+    remaining.end("trial")
+    over.append(remaining.over)
+    remaining.set({"given": 0, "a": 3, "b": 3})
+    for stage in "ab":
+        over.append(remaining.over)
+        remaining.end(stage)
+    assert [*over, remaining.over] == [False, False, False, True]
+
+
+def test_the_line_of_a_stop_under_torchrun(monkeypatch):
+    """It has the options that the environment tells."""
+    monkeypatch.setattr(sys, "argv", ["/x/my method.py", "--overwrite", "--lr", "1"])
+    monkeypatch.setattr(rundir, "world", lambda: 8)
+    told = "'/x/my method.py' --lr 1 --resume auto"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    first = "torchrun --standalone --nproc-per-node=8 --max-restarts=3"
+    assert rundir.command_to_resume().endswith(f"&& {first} {told}")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS")
+    first = "torchrun --nnodes=2 --nproc-per-node=4 ..."
+    assert rundir.command_to_resume().endswith(f"&& {first} {told}")
 
 
 def told(capsys):

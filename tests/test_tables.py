@@ -48,10 +48,10 @@ def test_files_that_do_not_compare(tmp_path):
         tables.main(tables.parse_args([a, b]))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "no json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "no json", '{"settings": {}, "a": [1]}'])
 def test_not_a_result(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match="no results that are known"):
+    with pytest.raises(UserError, match=r"no results of .* a JSON of .*training$"):
         tables.main(tables.parse_args([str(tmp_path / "a.json")]))
 
 

@@ -293,12 +293,25 @@ def whole(label):
     return label.long()
 
 
+def check_radius(eps, norm, count):
+    """UserError for a radius that is not above 0, or reaches beyond the box of images.
+
+    eps: in units of 1/255. count: numbers of an image."""
+    most = 255.0 if norm == "linf" else 255.0 * count**0.5  # across the whole box
+    if not 0 < eps <= most:
+        raise UserError(f"eps {eps} is not in (0, {most:.5g}]: it is given in pixel units of 1/255")
+
+
 def check_eps(eps, norm="linf", alpha=None):
     """A warning where eps or alpha is clearly given in units of the whole range, else None.
+
+    Raises UserError for a Linf radius above that range.
 
     8/255 is 0.0314. Radii in units of 1/255 below 0.5 (Linf) are smaller than a grey level, and
     below 8 (L2) they are smaller than 1/32. Steps below a hundredth of eps do not cross the ball.
     """
+    if norm == "linf" and eps > 255:
+        check_radius(eps, norm, 1)
     least = 0.5 if norm == "linf" else 8
     if 0 < eps < least:
         return (
@@ -327,9 +340,7 @@ def check_arguments(x, y, eps, alpha, steps, norm, loss, target, restarts, rando
             f"images to attack must be float32 in [0,1], got {str(x.dtype)[6:]}: uint8 images are "
             "divided by 255, half precision belongs in `precision`"
         )
-    most = 255.0 if norm == "linf" else 255.0 * x.shape[1:].numel() ** 0.5  # across the whole box
-    if not 0 < eps <= most:
-        raise UserError(f"eps {eps} is not in (0, {most:.5g}]: it is given in pixel units of 1/255")
+    check_radius(eps, norm, x.shape[1:].numel())
     if alpha is not None and not 0 < alpha < float("inf"):
         raise UserError(f"alpha {alpha}: the step size must be above 0, in pixel units of 1/255")
     for name, count in (("steps", steps), ("restarts", restarts)):

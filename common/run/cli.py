@@ -34,7 +34,8 @@ def leave(number, frame):
 def cli(main, parse_args):
     """Last line of every script: a UserError ends in one line on stderr and exit status 2.
 
-    A training that was told to stop ends with status 75, a finished one with 0.
+    A finished training ends with 0, one that was told to stop with 75. Under torchrun this one
+    ends with 0 too: the last line of log.jsonl says "stop" or "end".
     """
     own = 0
     args = argparse.Namespace()
@@ -164,6 +165,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ""
+        if _many(action):
+            text = f"{text}; one of {', '.join(map(str, action.choices))}"
         value = action.default
         if value in (None, argparse.SUPPRESS) or "default" in text or not action.option_strings:
             return text
@@ -178,9 +181,14 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return METAVARS.get(kind, action.dest.upper())
 
     def _metavar_formatter(self, action, default_metavar):
-        if action.choices and len(action.choices) > 8 and not action.metavar:
+        if _many(action):
             return super()._metavar_formatter(_short(action), default_metavar)
         return super()._metavar_formatter(action, default_metavar)
+
+
+def _many(action):
+    """Whether an option has so many choices that they stand in its help text."""
+    return action.choices and len(action.choices) > 8 and not action.metavar
 
 
 def _short(action):
@@ -290,10 +298,11 @@ def fill(args, row):
             setattr(args, key, value)
 
 
-def add_arguments(parser, defaults=None):
+def add_arguments(parser, defaults=None, *, compiles=True):
     """Add the options of every run, as the group "run".
 
     defaults: the script's table by data set, if any; the help shows it at the options it holds.
+    compiles: whether the help shows --compile.
     """
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -312,13 +321,12 @@ def add_arguments(parser, defaults=None):
     )
     group.add_argument(
         "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-        help="number format of forward and backward pass; auto: bf16 where the hardware has it",
+        help="number format of forward and backward pass; auto: bf16 where the hardware has it, "
+        "else fp16 on a GPU, else fp32",
     )  # fmt: skip
-    group.add_argument(
-        "--compile", action=Flag,
-        help=f"torch.compile the networks (default: on a GPU, in trainings from {LONG} steps on, "
-        "without --capture)",
-    )  # fmt: skip
+    text = "torch.compile the networks (default: on a GPU, in trainings from "
+    text += f"{LONG} steps on, without --capture)"
+    group.add_argument("--compile", action=Flag, help=text if compiles else argparse.SUPPRESS)
     group.add_argument(
         "--log-every", type=positive(int), default=50, metavar="STEPS",
         help="steps between points in TensorBoard",
@@ -430,6 +438,17 @@ def parse(parser, argv=None):
     args.resume = folder
     args.differs = {k: v for k, v in vars(args).items() if k not in PLUMBING and v != usual[k]}
     return args
+
+
+def either(one, several, names):
+    """The networks that two options name: the list `one` of the short one, or `several`.
+
+    Both may be None. names: the options, as "--norm, --norms". Raises UserError where they differ.
+    """
+    if one and several not in (None, one):
+        short, long = names.split(", ")
+        raise UserError(f"{short} is for one network, {long} for several: give one of them")
+    return one or several
 
 
 def refuse(wrong):

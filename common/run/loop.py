@@ -172,7 +172,7 @@ class Loop:
         try:
             self._watch.check(together)
         except Diverged:
-            self.rundir.training = False
+            self.rundir.stopped(self.stage)
             raise
 
     def _save(self):

@@ -85,6 +85,16 @@ class Remaining:
 
     def __init__(self):
         self.plan = {}
+        self._planned = False
+
+    @property
+    def over(self):
+        """Whether every training of the plan has ended."""
+        return self._planned and not self.plan
+
+    def set(self, plan):
+        self._planned = True
+        self.plan = {stage: epochs for stage, epochs in plan.items() if epochs}
 
     def begin(self, stage, done, total, per_epoch):
         self._stage = stage

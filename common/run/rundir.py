@@ -6,7 +6,8 @@
         teacher/  baseline/  student/             TensorBoard: a sub-run per network, equal tags
 
 The first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ends a training after its step, with a checkpoint and
-exit status 75 ("try again"). Of several processes only number 0 writes.
+exit status 75 ("try again"). Under torchrun the status is 0, for 75 would be a failure there. Of
+several processes only number 0 writes.
 """
 
 import contextlib
@@ -24,7 +25,14 @@ import torch
 import torch.distributed as dist
 
 from common.run.checkpoint import load_checkpoint, older, on_host, save_checkpoint, versions
-from common.run.device import device_name, rank, refuse_graphs_twice, wait, world
+from common.run.device import (
+    device_name,
+    environment_number,
+    rank,
+    refuse_graphs_twice,
+    wait,
+    world,
+)
 from common.run.errors import Diverged, UserError
 from common.run.pictures import show_batch
 from common.run.progress import Progress, Remaining
@@ -196,7 +204,7 @@ class RunDir:
 
     def plan(self, **epochs):
         """Say how long each network trains, 0 for one that does not, for the time that is left."""
-        self.remaining.plan = epochs
+        self.remaining.set(epochs)
 
     def begin(self, stage, start, total, batches):
         """A training begins, or goes on from step `start`. TensorBoard gets its first batch."""
@@ -208,9 +216,13 @@ class RunDir:
         if start and self.training:
             self.progress.line(f"going on: {stage} from step {start} of {total}")
 
-    def end(self, stage):
+    def stopped(self, stage):
+        """A training is over, at its end or where it diverged."""
         self.training = False
         self.remaining.end(stage)
+
+    def end(self, stage):
+        self.stopped(stage)
         if not rank():
             for age in range(1, KEEP):
                 older(self.dir / self.file(stage), age).unlink(missing_ok=True)
@@ -329,18 +341,22 @@ class RunDir:
         name = signal.Signals(number).name
         if not self.training:
             self.signal = name
-            self.leave("between trainings")
+            self.leave("in the final evaluation" if self.remaining.over else "between trainings")
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C
         self.signal = name
 
     def leave(self, where):
-        """End the process with status 75 and a line that tells how to go on."""
+        """End the process with status 75 and a line that tells how to go on.
+
+        Under torchrun the status is 0: it would take 75 for a failure, and begin again."""
         reason = self.signal or "signal"
         self.log(event="stop", reason=f"{reason} {where}")
         self._end()
-        print(f"\n{reason}: stopped {where}; go on with\n  {command_to_resume()}", flush=True)
-        sys.exit(TRY_AGAIN if world() == 1 else 0)  # torchrun would take 75 for a failure
+        status = TRY_AGAIN if world() == 1 else 0
+        how = "" if status else ", not finished, exit status 0 as under torchrun"
+        print(f"\n{reason}: stopped {where}{how}; go on with\n  {command_to_resume()}", flush=True)
+        sys.exit(status)
 
 
 def default_name(args, method):
@@ -359,13 +375,29 @@ def text(value):
 
 
 def command_to_resume():
-    """The command line that goes on with this run, from any directory."""
+    """The command line that goes on with this run, from any directory.
+
+    Under torchrun it has the options that the environment tells. A job of several machines needs
+    their meeting point too, which stands there as "...".
+    """
     words = [w for w in sys.argv[1:] if w != "--overwrite"]
     if "--resume" not in words:
         words += ["--resume", "auto"]
-    start = ["torchrun", "..."] if world() > 1 else ["python"]
-    command = shlex.join([*start, os.path.abspath(sys.argv[0]), *words])
-    return f"cd {shlex.quote(os.getcwd())} && {command}"
+    command = shlex.join([os.path.abspath(sys.argv[0]), *words])
+    return f"cd {shlex.quote(os.getcwd())} && {launcher()} {command}"
+
+
+def launcher():
+    """What stands before the script on the command line: python, or torchrun and its options."""
+    if world() == 1:
+        return "python"
+    each = environment_number("LOCAL_WORLD_SIZE", world())
+    machines = world() // each
+    words = ["torchrun", f"--nproc-per-node={each}"]
+    words.insert(1, "--standalone" if machines == 1 else f"--nnodes={machines}")
+    if restarts := environment_number("TORCHELASTIC_MAX_RESTARTS", 0):
+        words.append(f"--max-restarts={restarts}")
+    return " ".join(words if machines == 1 else [*words, "..."])
 
 
 def read_options(folder):
