@@ -345,7 +345,7 @@ def main(args):
     dataset = data.Gaussian(args.seed, device) if linear else data.from_args(args, device)
     task = make_task(dataset, args)
     for norm in args.norms:  # whatever may refuse an option comes before the run directory
-        build(norm, args, dataset, "cpu")
+        run.check_processes(build(norm, args, dataset, "cpu"))
     rundir = run.RunDir(args, __file__, precision, None, ["loss" if linear else "error"])
 
     ends = {}

@@ -240,7 +240,7 @@ def main(args):
     if args.corrupted_images and dataset.image_size < 24:
         raise run.UserError("--corrupted-images: the corruptions need images of 24 pixels or more")
     for own in variants.values():  # whatever may refuse an option comes before the run directory
-        build(own, dataset, device)
+        run.check_processes(build(own, dataset, device))
     make_task(dataset, args)
     last = args.variants[0] if len(variants) * args.seeds == 1 else None
     results = ("train_accuracy", "error", "corrupted", "final_layer")

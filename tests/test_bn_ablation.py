@@ -478,7 +478,7 @@ def test_what_measuring_costs():
         (("--arch", "vgg12"), "vgg12"),
         (("--compile",), "--compile"),
         (("--arch", "dln25", "--dataset", "cifar10"), "--dataset: dln25"),
-        (("--arch", "dln25", "--weight-decay", "0.1"), "--weight-decay: dln25"),
+        (("--arch", "dln25", "--weight-decay", "0.1"), "dln25 has its own data, no decay"),
         (("--precision", "fp16"), "--precision fp16"),
         (("--steps", "0"), "--steps"),
         (("--batch-size", "1000"), "--batch-size"),

@@ -291,7 +291,7 @@ def test_refusals(tmp_path):
     for script, options in (
         ("ct", "--batch-size 25"),
         ("fixup_penalty", "--norm bn-aux --limit 0"),
-        ("bn_ablation", "--arch dln25 --norms none"),
+        ("bn_ablation", "--arch dln25 --norms none --batch-size 128"),
     ):
         argv = [*ALWAYS.split(), *options.split(), "--out", str(tmp_path / script)]
         body += f"try: {script}.main({script}.parse_args({argv!r}))\n"
@@ -299,6 +299,7 @@ def test_refusals(tmp_path):
     printed = processes(2, body)
     for text in ("divide among 2", "norm bn-aux: its statistics need one", "for one process"):
         assert text in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):

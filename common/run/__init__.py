@@ -36,6 +36,7 @@ from common.run.clipping import clip_adaptively
 from common.run.device import (
     Precision,
     can_compile,
+    check_processes,
     compiled,
     gathered,
     generator,
@@ -134,6 +135,7 @@ __all__ = [
     "captioned",
     "changed",
     "check_finite",
+    "check_processes",
     "cli",
     "clip_adaptively",
     "clock",

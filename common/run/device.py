@@ -114,13 +114,18 @@ def mean(x):
     return summed(x) / world()
 
 
+def check_processes(model):
+    """Raise UserError for a model that several processes cannot train."""
+    if world() > 1 and any(getattr(m, "single_process", False) for m in model.modules()):
+        raise UserError(f"norm {model.spec['norm']}: its statistics need one process (no torchrun)")
+
+
 def spread(model):
     """The model for training on a share of the global batch: gradients are the mean over the
     processes. With one process: the model itself."""
     if world() == 1:
         return model
-    if any(getattr(module, "single_process", False) for module in model.modules()):
-        raise UserError(f"norm {model.spec['norm']}: its statistics need one process (no torchrun)")
+    check_processes(model)
     device = next(model.parameters()).device
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
