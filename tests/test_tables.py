@@ -113,6 +113,7 @@ PUBLISHED = {  # a cell of each file that a table of the READMEs is made of
     "headline_question_small": ("GroupNorm", "clean error %", None),
     "nofrost_cifar10": ("norm bn, lam 0.5", "worst of all", "20.17 +- 0.71"),
     "nofrost_cifar10_train": ("nf", "clean error", "41.81 +- 0.30"),
+    "devices": ("BatchNorm on a CPU", "adapted, error", "28.45"),
     "ct_first_run": ("CT, threads 1", "shortcut swapped", "62.75"),
     "growth": ("norm none, wrn40-1", "embedding", None),
     "fixup_penalty_4000": ("fixup+penalty", "final layer", "0.96"),
