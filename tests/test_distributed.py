@@ -317,6 +317,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):
     """
     printed = processes(2, body)
     assert "stopped after step 10 of" in printed and "exit codes [0, 0]" in printed
+    assert "not finished, exit status 0" in printed
+    assert "&& torchrun --standalone --nproc-per-node=2 " in printed
     assert run.load_checkpoint(tmp_path / "r")["step"] == 10
 
 

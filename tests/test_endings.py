@@ -80,7 +80,21 @@ def test_a_network_of_the_users_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_no_command_repeats_the_run(tmp_path, capsys):
+    """The same data set is left out, another one with the same network is not."""
     assert len(told(tmp_path, "resnet8", "cifar10", capsys)) == 2
+    assert len(told(tmp_path, "resnet8", "shapes", capsys)) == 3
+    args = bn_ablation.parse_args([])
+    following = {"a": "bn_ablation.py --dataset cifar10 --arch vgg11-16", "b": "ct.py --arch dln25"}
+    run.print_findings("p.", "h.", args, tmp_path, following)
+    args = bn_ablation.parse_args(["--arch", "dln25"])
+    run.print_findings("p.", "h.", args, tmp_path, following)
+    assert capsys.readouterr().out.count("  python") == 3
+
+
+def test_names_of_rows():
+    errors = {"error": {"student": 10.0, "student/sketch": 20.0, "bn": 30.0}, "other": {"bn": 1.0}}
+    found = run.accuracy_columns(errors, {"error": "clean"}, {"student": "CT"})
+    assert found == {"clean": {"CT": 90.0, "CT/sketch": 80.0, "bn": 70.0}}
 
 
 @pytest.mark.parametrize("script", [ct, nofrost, bn_ablation], ids=lambda s: s.__name__)

@@ -15,9 +15,13 @@ def accuracy_columns(errors, titles, names=None):
     """{title: {network: accuracy %}} of {metric: {network: error %}}, in the order of titles.
 
     names: {network: its name in the table} where that is another."""
-    names = names or {}
+
+    def named(network):  # "student", or "student/sketch" of a domain that was left out
+        first, *rest = network.split("/")
+        return "/".join([(names or {}).get(first, first), *rest])
+
     return {
-        title: {names.get(name, name): 100 - error for name, error in errors[metric].items()}
+        title: {named(name): 100 - error for name, error in errors[metric].items()}
         for metric, title in titles.items()
         if metric in errors
     }
@@ -65,16 +69,16 @@ def print_findings(paper, here, args, folder, following):
 
     args: the run's options; folder: its directory. following: {what a command shows: "script.py
     --option ...", or a list of its words}; "tensorboard" is that of the folder. The commands get
-    this run's --data-dir, and --arch where a network is a user's own. One that would train on this
-    run's data set is left out.
+    this run's --data-dir, and --arch where a network is a user's own. One that would train on the
+    same data again is left out; without --dataset its network decides.
     """
     lines = {}
     for shows, words in following.items():
         script, *options = map(str, words.split() if isinstance(words, str) else words)
-        pairs = set(pairwise(options))
+        own = ("--dataset", args.dataset) if "--dataset" in options else ("--arch", args.arch)
         if script == "tensorboard":
             lines[shlex.join([script, "--logdir", str(folder)])] = shows
-        elif not pairs & {("--dataset", args.dataset), ("--arch", args.arch)}:
+        elif own not in pairwise(options):
             evaluates = script.startswith("eval/")
             if args.data_dir != "data" and (evaluates or "--dataset" in options):
                 options += ["--data-dir", args.data_dir]
