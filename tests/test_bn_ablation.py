@@ -412,6 +412,17 @@ def test_divergence_is_reported_and_the_next_run_starts(tmp_path, capsys):
     assert '"event": "diverged"' in log and "NaN" not in log and "Infinity" not in log
 
 
+def test_a_run_of_the_linear_network_goes_on(tmp_path):
+    """Its data set and decay are those in args.json; --dataset gaussian means the same network."""
+    argv = ["--steps", "2", "--measure-every", "0", "--norms", "none"]
+    bn_ablation.main(options(tmp_path, "--dataset", "gaussian", *argv))
+    args = bn_ablation.parse_args(["--resume", str(tmp_path / "run"), "--norms", "none,bn"])
+    assert (args.arch, args.dataset, args.weight_decay) == ("dln25", "gaussian", 0)
+    assert "loss/bn-lr1e-06" in bn_ablation.main(args)
+    with pytest.raises(UserError, match="--dataset gaussian: unknown"):
+        bn_ablation.main(options(tmp_path, "--dataset", "gaussian", "--arch", "vgg11-4"))
+
+
 def test_linear_network(tmp_path):
     argv = ("--arch", "dln25", "--norms", "none,bn", "--steps", "200", "--log-every", "100")
     final = bn_ablation.main(options(tmp_path, *argv))

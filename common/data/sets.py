@@ -55,10 +55,11 @@ class DataSet:
         return keys | {"mean": self.mean, "std": self.std}
 
 
-def add_arguments(parser):
-    """Add the options of every data set, as the group "data"."""
+def add_arguments(parser, *others):
+    """Add the options of every data set, as the group "data". others: further names of --dataset,
+    of data that the script itself makes."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="shapes", choices=NAMES, help="data set")
+    group.add_argument("--dataset", default="shapes", choices=(*NAMES, *others), help="data set")
     group.add_argument(
         "--data-dir", default="data", help="folder of the data sets; CIFAR is downloaded into it"
     )
