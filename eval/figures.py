@@ -5,10 +5,9 @@
     python eval/figures.py runs/a --out figures
 
 Without a run the figures of the results' JSON files are drawn anew beside them: the headline
-tables as points, the growth of the final layer with depth, the bands of the loss, the study of the
-shortcut, the speed of a step. Of a run there is
-one SVG per measurement with all networks: their curves, and bands where a measurement was made at
-several step sizes.
+tables as points, the growth of the final layer, the bands of the loss, the study of the shortcut,
+the speed of a step. Of a run there is one SVG per measurement with all networks: their curves, and
+bands where a measurement was made at several step sizes.
 """
 
 import json
