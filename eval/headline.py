@@ -550,7 +550,7 @@ def write_checkpoints(args, rows):
         content = run.load_checkpoint(trained / row.file)
         network = {name: content[name] for name in NETWORK if name in content}
         network["args"] = {k: v for k, v in content["args"].items() if k not in PLACES}
-        network["title"] = row.title
+        network |= {"table": args.table, "title": row.title}
         path = folder / (f"{row.run}.pt" if row.file == "last.pt" else f"{row.run}-{row.file}")
         run.save_checkpoint(path, network)
         print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")

@@ -103,19 +103,18 @@ def draw(content, path):
 
 
 def points_of(content, across, up):
-    """{title of a row: (x, its deviation, y, its deviation)} over the seeds with both numbers."""
+    """{title of a row: (x, its deviation, y, its deviation)} over the seeds with both numbers.
+
+    A row at the point of one before it, as the best epoch that is the last, is left out."""
     points = {}
     for row in content["rows"]:
         pairs = [(n.get(across), n.get(up)) for n in row["seeds"].values()]
         pairs = [pair for pair in pairs if None not in pair]
         if pairs:
             x, y = zip(*pairs, strict=True)
-            points[row["row"]] = (
-                statistics.mean(x),
-                deviation(x),
-                statistics.mean(y),
-                deviation(y),
-            )
+            point = statistics.mean(x), deviation(x), statistics.mean(y), deviation(y)
+            if point not in points.values():
+                points[row["row"]] = point
     return points
 
 
