@@ -488,8 +488,8 @@ def known(numbers):
 def collect(args, name, table, rows, seeds):
     """What the JSON file holds: the numbers of every row, column and seed, and the commands.
 
-    The results file in --out keeps its numbers of a row and seed as long as it knows more of them
-    than the trainings here, failed ones too. So several machines may share the rows of a table."""
+    The results file in --out keeps its numbers of a row and seed while it knows more of them than
+    the trainings here. A failure here takes none away. So several machines may share a table."""
     scale = table.scales[args.scale]
     published = published_rows(args, name, scale)
     found = []
