@@ -4,10 +4,10 @@
     python eval/figures.py runs/bn_ablation-shapes-vgg11-16-s0  # of a run of bn_ablation.py
     python eval/figures.py runs/a --out figures
 
-Without a run the figures of the results' JSON files are drawn anew beside them. These are the
-headline tables, the growth of the final layer, the bands of the loss, the study of the shortcut
-and the speed of a step. Of a run there is one SVG per measurement with all networks. It shows
-their curves, and bands where a measurement was made at several step sizes.
+Without a run the figures of the results' JSON files are drawn anew beside them: headline tables,
+the final layer, bands of the loss, the study of the shortcut, speed. Of a run there is one SVG per
+measurement with all networks. It shows their curves, and bands where a measurement was made at
+several step sizes.
 """
 
 import json
