@@ -83,14 +83,6 @@ def rows_of(name, first):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_numbers_of_cifar100_are_those_of_the_file():
-    tables = load("eval/tables.py")
-    rows = tables.main(tables.parse_args([str(RESULTS / "ct_cifar100_train.json")]))
-    for row in rows.values():
-        cells = f"| {row['clean error']} | {row['mean corruption error']} |"
-        assert cells in text("eval/results/README.md")
-
-
 def test_numbers_of_nofrost_are_those_of_the_file():
     content = json.loads((RESULTS / "nofrost_cifar10.json").read_text())
     seeds = [part["checkpoints"] for part in content.values()]

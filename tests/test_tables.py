@@ -101,7 +101,6 @@ PUBLISHED = {  # a cell of each file that a table of the READMEs is made of
     "autoattack_agreement": ("cascade l2 eps 38, rows 0-199", "theirs", "11.00"),
     "bn_ablation_dln25": ("norm l2", "loss at 10000 steps", "6068.60"),
     "bn_ablation_vgg16-16_cifar10": ("norm bn, lr 0.1", "loss band", "0.17"),
-    "ct_cifar100_train": ("student", "mean corruption error", "73.92 +- 0.76"),
     "ct_cifar10_bn": ("all", "mean corruption error", "35.38 +- 0.84"),
     "ct_cifar10_ct": ("all", "ECE corrupted", "13.83 +- 0.60"),
     "ct_cifar10_none": ("all", "extra (4)", "27.72 +- 0.46"),
