@@ -31,11 +31,20 @@ def shared():
 @pytest.fixture(scope="session")
 def cifar10_dir(shared, tmp_path_factory):
     """A data directory with all of the real CIFAR-10."""
-    folder = tmp_path_factory.mktemp("data")
-    command = [sys.executable, str(shared / "data" / "prepare.py"), "cifar10", str(folder)]
+    return prepared("cifar10", shared, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def cifar100_dir(shared, tmp_path_factory):
+    """A data directory with all of the real CIFAR-100."""
+    return prepared("cifar100", shared, tmp_path_factory.mktemp("data"))
+
+
+def prepared(name, shared, folder):
+    command = [sys.executable, str(shared / "data" / "prepare.py"), name, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"CIFAR-10 could not be prepared: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"{name} could not be prepared: {done.stderr.strip().splitlines()[-1]}")
     return folder
 
 

@@ -423,11 +423,12 @@ def test_checkpoints_are_whole_and_small():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
-def test_checkpoints_have_the_published_clean_error(path, cifar10_dir):
+def test_checkpoints_have_the_published_clean_error(path, request):
     """Five images of 10,000, that bf16 may round apart, and none of 500 in fp32."""
     content = run.load_checkpoint(path)
     attacked = content.get("table") == "nofrost"
-    dataset = data.load(content["dataset"], str(cifar10_dir), seed=0)
+    folder = request.getfixturevalue(f"{content['dataset']}_dir")
+    dataset = data.load(content["dataset"], str(folder), seed=0)
     model = models.from_checkpoint(content)
     if content["norm"] == "dual-bn":
         models.use_statistics(model, "adversarial")
