@@ -106,6 +106,7 @@ def fake(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(FAKE)
     (tmp_path / "evaluate.py").write_text(FAKE_EVALUATION)
     monkeypatch.setattr(headline_report, "LEAST", 1)
+    monkeypatch.setattr(headline, "POLL", 0.02)
 
     def make(runs, rows, chart=("error", "clean")):
         runs = {name: f"{tmp_path}/train.py {options}" for name, options in runs.items()}
