@@ -65,6 +65,7 @@ def test_one_thread_is_timed_by_its_own_seconds(monkeypatch):
     assert speed_train.synchronised(torch.device("cpu")) == 9.0
 
 
+@pytest.mark.slow
 def test_scaling_has_a_point_for_every_value(tmp_path):
     words = ["scaling", *"--widths 1,2 --depths 10 --batches 4,8 --threads-list 1".split()]
     words += [*"--processes 2 --depth 10 --batch-size 4 --group 1 --groups 2".split()]

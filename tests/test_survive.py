@@ -387,7 +387,7 @@ def test_second_ctrl_c_does_not_wait(tmp_path, monkeypatch, own_signals):
 # --- fp16 -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [12, 1000])
+@pytest.mark.parametrize("bad", [12, pytest.param(1000, marks=pytest.mark.slow)])
 def test_fp16_leaves_out_single_steps_and_stops_when_none_is_finite(tmp_path, monkeypatch, bad):
     """The scaler halves its scale at each step that overflows; without end that is a divergence."""
     real, count = torch.amp.GradScaler.unscale_, [0]
