@@ -36,10 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import data, run
 from eval import headline_report, headline_tables
 
-SIGNALS = [s for s in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, s)]
-NUMBERS = [getattr(signal, name) for name in SIGNALS]
+NUMBERS = [getattr(signal, name) for name in run.SIGNALS]
 # Exit statuses of a training that left after a signal, of an evaluation, and of any process.
-TOLD_TO_STOP = {75, *(128 + n for n in NUMBERS), *(-n for n in NUMBERS)}
+TOLD_TO_STOP = {run.TRY_AGAIN, *(128 + n for n in NUMBERS), *(-n for n in NUMBERS)}
 POLL = 0.2  # seconds between two looks at the running jobs
 NAME = re.compile(r"\{([\w+-]+)\}")
 

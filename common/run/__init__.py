@@ -106,11 +106,13 @@ from common.run.results import (
     weights_digest,
     write_json,
 )
-from common.run.rundir import RunDir, lock, read_options
+from common.run.rundir import SIGNALS, TRY_AGAIN, RunDir, lock, read_options
 
 __all__ = [
     "NOT_OPTIONS",
     "ROOT",
+    "SIGNALS",
+    "TRY_AGAIN",
     "Diverged",
     "Flag",
     "Formatter",
