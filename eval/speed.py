@@ -436,7 +436,7 @@ def rate(step, args, device, workers=1):
 
 def draw_tree(folder, count=256):
     """JPEGs of ImageNet's usual size, of noise smooth enough to compress as photographs do."""
-    from torchvision.io import write_jpeg
+    from torchvision.transforms.v2.functional import to_pil_image
 
     (folder / "a").mkdir(parents=True)
     rng = run.generator("tree")
@@ -446,7 +446,7 @@ def draw_tree(folder, count=256):
             1, 3, 375, 500, generator=rng
         )
         x = x[0].mul(255).clamp(0, 255).to(torch.uint8)
-        write_jpeg(x, str(folder / "a" / f"{k}.jpg"), 90)
+        to_pil_image(x).save(folder / "a" / f"{k}.jpg", quality=90)
     return folder
 
 

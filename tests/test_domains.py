@@ -5,9 +5,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import pictures
 import pytest
 import torch
-from torchvision.io import write_png
 
 import ct
 from common import data, models, run
@@ -159,7 +159,7 @@ def test_imagenet_networks_on_in9(tmp_path, capsys):
         for folder in trees.IN9:
             (tmp_path / "bg_challenge" / name / "val" / folder).mkdir(parents=True)
             x = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=rng)
-            write_png(x, str(tmp_path / "bg_challenge" / name / "val" / folder / "a.png"))
+            pictures.write(x, tmp_path / "bg_challenge" / name / "val" / folder / "a.png")
     torch.manual_seed(0)
     model = models.build("resnet8", "bn", num_classes=1000).eval()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_in9_images_are_not_cropped(tmp_path):
     folder = tmp_path / "bg_challenge/original/val/00_dog"
     folder.mkdir(parents=True)
     x = torch.randint(256, (3, 224, 224), dtype=torch.uint8)
-    write_png(x, str(folder / "a.png"))
+    pictures.write(x, folder / "a.png")
     images = trees.read_in9_test("in9", tmp_path, 224, {"workers": 0})
     assert torch.equal(images.take(slice(None)).x[0], x)
 

@@ -3,10 +3,10 @@
 import json
 
 import numpy as np
+import pictures
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import write_jpeg
 
 from common import corruptions, data, models, run
 from common.data import decode
@@ -34,7 +34,7 @@ def put(folder, k, right=True, side=224):
     folder = folder / WNIDS[USED[k]]
     folder.mkdir(parents=True, exist_ok=True)
     x = torch.full((3, side, side), level, dtype=torch.uint8)
-    write_jpeg(x, str(folder / f"{len(list(folder.iterdir()))}.JPEG"), 95)
+    pictures.write(x, folder / f"{len(list(folder.iterdir()))}.JPEG", 95)
 
 
 @pytest.fixture

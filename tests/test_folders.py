@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import write_jpeg, write_png
 
 from common import data, run
 from common.data import decode, files, folders, trees
@@ -32,7 +32,7 @@ def make_tree(root, counts, start=0, **size):
         (root / name).mkdir(parents=True, exist_ok=True)
         for k in range(count):
             start += 1
-            write_jpeg(picture(start, **size), str(root / name / f"{k:03d}.jpg"), 95)
+            pictures.write(picture(start, **size), root / name / f"{k:03d}.jpg", 95)
     return root
 
 
@@ -356,7 +356,7 @@ def test_empty_class(tree, capsys):
 
 
 def test_files_outside_of_classes(tree):
-    write_png(picture(1), str(tree / "train" / "stray.png"))
+    pictures.write(picture(1), tree / "train" / "stray.png")
     with pytest.raises(UserError, match=r"stray\.png: lies in no class folder"):
         load(tree)
 
@@ -401,7 +401,7 @@ def test_a_cached_listing_is_not_trusted_when_the_tree_changed(cached, change):
     folders.scan(cached)
     place = cached.parent / ".train.listing.npz"
     if change == "add":
-        write_jpeg(picture(9), str(cached / "dog" / "new.jpg"))
+        pictures.write(picture(9), cached / "dog" / "new.jpg")
     elif change == "remove":
         (cached / "dog" / "004.jpg").unlink()
     elif change == "rename":

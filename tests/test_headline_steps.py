@@ -6,9 +6,9 @@ The networks, methods and options are those of the table. Images, batches and le
 import csv
 
 import numpy as np
+import pictures
 import pytest
 import torch
-from torchvision.io import encode_jpeg
 
 from common import data
 from common.data import trees
@@ -41,7 +41,7 @@ def put(path, seed, side=36):
         256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_jpeg(picture).numpy().tobytes())
+    path.write_bytes(pictures.encoded(picture, "JPEG"))
 
 
 def make_cifar(path, classes):

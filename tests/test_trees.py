@@ -5,15 +5,15 @@ import re
 import shutil
 
 import numpy as np
+import pictures
 import pytest
 import torch
-from torchvision.io import encode_jpeg, encode_png
 
 from common import data, run
 from common.data import trees
 from common.run import UserError
 
-JPEG = encode_jpeg(torch.randint(256, (3, 24, 24), dtype=torch.uint8)).numpy().tobytes()
+JPEG = pictures.encoded(torch.randint(256, (3, 24, 24), dtype=torch.uint8), "JPEG")
 WNIDS = [f"n{k:08d}" for k in range(1000, 2000)]
 
 
@@ -110,7 +110,7 @@ def test_imagenet_c_pools_its_sets(imagenet, tmp_path, group):
     (tmp_path / "imagenet").symlink_to(imagenet / "imagenet")
     kinds = [f"{group}{c}/{s}/{WNIDS[9]}/a.JPEG" for c in ("fog", "snow") for s in (1, 5)]
     picture = torch.randint(256, (3, 224, 224), dtype=torch.uint8)
-    put(tmp_path / "imagenet-c", *kinds, content=encode_png(picture).numpy().tobytes())
+    put(tmp_path / "imagenet-c", *kinds, content=pictures.encoded(picture, "PNG"))
     loaded = load("imagenet-c", tmp_path, image_size=None)
     assert loaded.test.y.tolist() == [9] * 4
     assert torch.equal(loaded.test.take(slice(0, 1)).x[0], picture)
@@ -312,7 +312,7 @@ def camelyon(tmp_path):
             rows.append([len(rows), patient, 1, 10, 20 + tumor, tumor, center, center, split])
             x = torch.full((3, 96, 96), 40 * center + tumor, dtype=torch.uint8)
             name = f"patient_{patient}_node_1/patch_patient_{patient}_node_1_x_10_y_{20 + tumor}"
-            put(root / "patches", f"{name}.png", content=encode_png(x).numpy().tobytes())
+            put(root / "patches", f"{name}.png", content=pictures.encoded(x, "PNG"))
     with open(root / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return tmp_path
