@@ -28,6 +28,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -572,22 +573,23 @@ def state_of(args, name, table):
         words = "done" if done == len(jobs) else f"{done} of {len(jobs)} commands"
     elif published:
         count = sum(len(row["seeds"]) for row in published["rows"])
-        words = f"published: {count} of {len(scale.rows) * seeds} rows x seeds"
+        words = f"{count} of {len(scale.rows) * seeds} published"
     if scale.minutes is None:
         return words, f"not measured, on {scale.machine}"
     return words, f"{scale.minutes * seeds / 60:.0f} h of {scale.machine}"
 
 
 def list_tables(args):
-    """Print every table with its paper, its scales, their state and their time."""
-    rows, papers = [], []
+    """Print every table with its scales, their state and time, then what it holds and its paper."""
+    rows = []
     for name, table in headline_tables.TABLES.items():
         for scale in table.scales:
-            words, hours = state_of(run.changed(args, scale=scale), name, table)
-            rows.append([name, scale, words, hours, table.title])
-            papers.append(f"{name}: {table.paper}")
-    print(run.table(rows, ["table", "scale", "state", "time, estimated", "what"]))
-    print("\nPapers and sources:\n  " + "\n  ".join(dict.fromkeys(papers)))
+            rows.append([name, scale, *state_of(run.changed(args, scale=scale), name, table)])
+    print(run.table(rows, ["table", "scale", "state", "time, estimated"]))
+    print("published: rows x seeds in the results' JSON; commands: what has run on this machine\n")
+    for name, table in headline_tables.TABLES.items():
+        words = f"{name}: {table.title} ({table.paper})"
+        print(textwrap.fill(words, 79, subsequent_indent="  ", break_on_hyphens=False))
     print("\npython eval/headline.py TABLE runs what is missing and prints the table.")
     return rows
 

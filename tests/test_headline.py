@@ -324,6 +324,15 @@ def test_rows_are_chosen_by_titles_with_commas():
     assert [row.title for row in rows] == ["vgg11-16, CT", "wrn10-2, BatchNorm", "wrn10-2, none"]
 
 
+def test_the_list_names_every_table_and_its_paper_in_80_columns(tmp_path, capsys):
+    headline.main(headline.parse_args(["--runs", str(tmp_path)]))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 80
+    words = " ".join(out.split())
+    for name, table in headline_tables.TABLES.items():
+        assert f"{name}: {table.title} ({table.paper})" in words
+
+
 def test_dry_run_starts_nothing(tmp_path, capsys):
     line = [*words_of("question", "small", tmp_path), "--dry-run", "--rows", "BatchNorm,CT"]
     todo = headline.main(headline.parse_args([*line, "--seeds", "1", "--data-dir", str(tmp_path)]))
