@@ -586,7 +586,7 @@ def list_tables(args):
         for scale in table.scales:
             rows.append([name, scale, *state_of(run.changed(args, scale=scale), name, table)])
     print(run.table(rows, ["table", "scale", "state", "time, estimated"]))
-    print("published: rows x seeds in the results' JSON; commands: what has run on this machine\n")
+    print("published: rows x seeds in the results; commands: those that have run here\n")
     for name, table in headline_tables.TABLES.items():
         words = f"{name}: {table.title} ({table.paper})"
         print(textwrap.fill(words, 79, subsequent_indent="  ", break_on_hyphens=False))
