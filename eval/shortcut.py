@@ -55,8 +55,9 @@ STUDIES = {  # recipes: of single networks; all others have `usual`. all: its tr
         "usual": Recipe(20), "recipes": {k: r._replace(epochs=20) for k, r in LONG.items()},
     },
     "cifar10": {
-        "data": "cifar10", "all": 50_000, "limit": 20_000, "sizes": [1.0, 2.0, 3.0, 0.0, 5.0, 4.0],
-        "norms": ["bn", "none", "ct"],
+        "data": "cifar10", "all": 50_000, "limit": 20_000,
+        "sizes": [1.0, 0.5, 2.0, 0.0, 0.75, 3.0, 0.25, 4.0, 5.0],  # the telling ones first
+        "norms": ["bn", "none", "ct", "gn", "nf", "fixup"],
         "usual": Recipe(8), "recipes": LONG,
     },
 }  # fmt: skip
