@@ -151,7 +151,7 @@ def test_numbers_of_the_question_are_those_of_the_file():
     content = json.loads((RESULTS / "headline_question_small.json").read_text())
     columns = ("clean error %", "15 corruptions, error %", "adapted, error %")
     found = {row["row"]: row["seeds"].values() for row in content["rows"]}
-    for name in ("BatchNorm", "none", "CT", "GroupNorm", "BatchNorm + AugMix"):
+    for name in ("BatchNorm", "none", "CT", "GroupNorm", "BatchNorm + AugMix", "CT + AugMix"):
         (cells,) = (row for row in rows_of("README.md", name) if len(row) == 5)
         for cell, column in zip(cells[1:], (*columns, "Linf 1/255, accuracy %"), strict=True):
             measured = run.mean_sd([own.get(column) for own in found[name]])
