@@ -566,7 +566,7 @@ def evaluate(args, device, precision, networks, name, images, settings, results)
 def print_tables(titles, entries, names):
     """Accuracies, and what each attack cost."""
     lines = [[t, *(entry["accuracy"][t] for entry in entries)] for t in titles]
-    print("\n" + run.table(lines, ["accuracy", *names]))
+    print("\n" + run.table(lines, ["accuracy", *names], width=run.window()))
     cost = []
     for row in titles:
         runs = [entry["runs"][row] for entry in entries if row in entry["runs"]]

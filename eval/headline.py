@@ -639,7 +639,7 @@ def main(args):
     path = headline_report.publish(content, args.out)
     lines, header = headline_report.lines_of(content)
     words = headline_report.caption(content)
-    print(f"\n{run.table(lines, header)}\n{words}\nwritten: {path}")
+    print(f"\n{run.table(lines, header, width=run.window())}\n{words}\nwritten: {path}")
     if stopped:
         raise run.UserError(f"stopped ({stopped}); the same command goes on")
     return content

@@ -500,7 +500,7 @@ def evaluate(args, networks, images, settings, place):
     for title, measured, key in ROWS:
         if measured in entries[0]["measures"]:
             lines.append([title, *(lookup(r, measured, key) for r in results.values())])
-    print("\n" + run.table(lines, ["", *results], ".4g"))
+    print("\n" + run.table(lines, ["", *results], ".4g", run.window()))
     if notes:
         print("\n".join(["", *notes]))
     output = place.write({"split": "test"} | settings | {"checkpoints": entries})

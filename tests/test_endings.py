@@ -35,7 +35,7 @@ def train(script, *more):
 def commands(printed):
     """The words of each command under "Next:"."""
     lines = printed.partition("\nNext:\n")[2].splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("  ")]
+    return [shlex.split(line) for line in lines if line.startswith("  ") and line[2] != "#"]
 
 
 def parse(words):

@@ -237,6 +237,27 @@ def test_table():
     assert text.split("\n")[2:] == ["a      1.00   x", "bb    22.25  yy"]
 
 
+def test_a_table_wider_than_the_terminal_comes_in_parts(monkeypatch):
+    header = ["name", "first", "second", "third"]
+    rows = [["a network", 1.0, 2.0, 3.0], ["another", 4.0, 5.0, 6.0]]
+    whole = run.table(rows, header)
+    wide = max(map(len, whole.split("\n")))
+    assert run.table(rows, header, width=wide) == whole
+    for width in (1, 20, 25, wide - 1):  # one column stays with its title in the narrowest
+        parts = run.table(rows, header, width=width).split("\n\n")
+        assert all(part.split("\n")[2].startswith("a network") for part in parts)
+        assert max(len(line) for part in parts for line in part.split("\n")) <= max(width, 17)
+        assert [w for p in parts for w in p.split("\n")[0].split()[1:]] == header[1:]
+        numbers = [w for p in parts for w in p.split("\n")[3].split()[1:]]
+        assert numbers == ["4.00", "5.00", "6.00"]
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    assert len(run.format_table(rows, header).split("\n\n")) == 3
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)  # a log keeps a row in a line
+    assert run.format_table(rows, header) == whole
+
+
 def test_a_home_is_expanded_where_no_shell_does_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     parser = run.Parser("a.py", "Doc.")

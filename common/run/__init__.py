@@ -104,6 +104,7 @@ from common.run.results import (
     try_file,
     try_folder,
     weights_digest,
+    window,
     write_json,
 )
 from common.run.rundir import SIGNALS, TRY_AGAIN, RunDir, lock, read_options
@@ -213,6 +214,7 @@ __all__ = [
     "wait",
     "warn_of_chance",
     "weights_digest",
+    "window",
     "with_seeds",
     "world",
     "write_bands",

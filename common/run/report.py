@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from common.run.cli import command
 from common.run.evaluate import warn_of_chance
-from common.run.results import mean_sd, table
+from common.run.results import mean_sd, table, window
 
 ACCURACY = "accuracy %, high is good"  # head of a table of accuracies
 
@@ -45,7 +45,7 @@ def print_table(columns, first=ACCURACY, floats=".2f"):
     """Print {title: {row: number}}: a line per row, "-" where a column lacks it."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
-    print(f"\n{table(rows, [first, *columns], floats)}")
+    print(f"\n{table(rows, [first, *columns], floats, window())}")
 
 
 def print_accuracies(columns, num_classes, first=ACCURACY):
@@ -85,10 +85,9 @@ def print_findings(paper, here, args, folder, following):
             if evaluates and ".py:" in args.arch:
                 options += ["--arch", args.arch]
             lines[command(script, *options)] = shows
-    width = max(map(len, lines))
     print(f"\nPaper: {paper}\nHere: {here}\n\nNext:")
     for line, shows in lines.items():
-        print(f"  {line:{width}}  # {shows}")
+        print(f"  # {shows}\n  {line}")
 
 
 def print_average(found, metric, networks, parts):

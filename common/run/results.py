@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -192,16 +193,36 @@ def brief(value):
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def table(rows, header, floats=".2f"):
-    """Text table: first column to the left, the others to the right. Floats get `floats`."""
+def table(rows, header, floats=".2f", width=None):
+    """Text table: first column to the left, the others to the right. Floats get `floats`.
+
+    width: characters in a line. A wider table comes in parts, each with the first column again.
+    """
     cells = [[format(c, floats) if isinstance(c, float) else str(c) for c in r] for r in rows]
     cells.insert(0, list(header))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        rest = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    parts = [[]]
+    taken = widths[0]
+    for column, own in enumerate(widths[1:], 1):
+        if width and parts[-1] and taken + 2 + own > width:
+            parts.append([])
+            taken = widths[0]
+        parts[-1].append(column)
+        taken += 2 + own
+    texts = []
+    for columns in parts:
+        lines = []
+        for row in cells:
+            rest = [row[k].rjust(widths[k]) for k in columns]
+            lines.append("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
+        lines.insert(1, "-" * len(lines[0]))
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def window():
+    """Characters in a line of the terminal that stdout goes to; None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def add_table_arguments(parser):
@@ -220,7 +241,7 @@ def form_of(args):
 def format_table(rows, header, form="text"):
     """A table as "text", "markdown", "csv" or "latex" (a tabular of booktabs)."""
     if form == "text":
-        return table(rows, header)
+        return table(rows, header, width=window())
     lines = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     lines.insert(0, list(header))
     if form == "csv":
