@@ -93,7 +93,8 @@ def draw(content, path):
     across, up, *after = content["chart"]
     points = points_of(content, across, up)
     rings = points_of(content, across, after[0]) if after else {}
-    joined = [title for title in points if ", gamma " in title]
+    mixes = [title for title in points if ", gamma " in title]
+    joined = {title: title if title == mixes[0] else title.split()[-1] for title in mixes}
     if len(points) >= LEAST:
         title = content["title"] + (f" Rings: {after[0].split(',')[0]}" if rings else "")
         run.scatter_chart(path, title, points, across, up, rings, joined)

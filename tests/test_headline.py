@@ -505,7 +505,8 @@ def test_figures_are_those_of_the_results_files(tmp_path):
 
 
 def test_rings_and_joined_points(tmp_path):
-    """An adapted network is a ring on the line of its dot; shares of gamma are joined."""
+    """An adapted network is a ring on the line of its dot; shares of gamma are joined, and named
+    beside their points instead of in the legend."""
     rows = [{"row": f"dual, gamma {g}", "seeds": {"0": {"c": g, "r": 9 - g}}} for g in (0, 1, 2)]
     rows.append({"row": "bn", "seeds": {"0": {"c": 1.0, "r": 4.0, "a": 2.0}}})
     content = {"rows": rows, "title": "T", "chart": ["c", "r", "a, error"]}
@@ -514,6 +515,9 @@ def test_rings_and_joined_points(tmp_path):
     text = (tmp_path / "x.svg").read_text()
     assert text.count("<circle") == 5 and text.count('fill="none" stroke="#') == 2
     assert text.count("stroke-dasharray") == 1 and "T Rings: a" in text
+    for words in (">dual, gamma 0<", ">1<", ">2<", ">bn<"):
+        assert words in text
+    assert text.count('x="520"') == 1  # the legend holds the network that is not joined
 
 
 def test_few_points_are_no_figure(tmp_path):

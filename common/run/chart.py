@@ -71,15 +71,17 @@ def _axis_titles(across, up, middle_x, middle_y, below):
     ]
 
 
-def scatter_chart(path, title, points, across, up, after=None, joined=()):
+def scatter_chart(path, title, points, across, up, after=None, joined=None):
     """Write an SVG of points with error bars. It is legible on light and on dark pages.
 
     points: {label: (x, x_sd, y, y_sd)}. across, up: titles of the axes, with their units. after:
-    the same for some labels, drawn as rings that a line joins to their points. joined: labels
-    whose points a line joins in this order.
+    the same for some labels, drawn as rings that a line joins to their points. joined: {label:
+    text beside its point} of grey points that a line joins in this order.
     """
     left, top, width, height = 72, 34, 440, 300
     after = after or {}
+    joined = joined or {}
+    legend = [label for label in points if label not in joined]
     every = [*points.values(), *after.values()]
     x_low, x_high = _widened([x + s * sd for x, sd, _, _ in every for s in (-1, 1)])
     y_low, y_high = _widened([y + s * sd for _, _, y, sd in every for s in (-1, 1)])
@@ -102,8 +104,8 @@ def scatter_chart(path, title, points, across, up, after=None, joined=()):
     if joined:
         path_d = line(at(points[label][0], points[label][2]) for label in joined)
         parts.append(f'<path d="{path_d}" fill="none" stroke="#888" stroke-width="1.4"/>')
-    for i, label in enumerate(points):
-        colour = COLOURS[i % len(COLOURS)]
+    for label in points:
+        colour = COLOURS[legend.index(label) % len(COLOURS)] if label in legend else "#888"
         both = [points[label], *([after[label]] if label in after else [])]
         if len(both) > 1:
             ends = line(at(x, y) for x, _, y, _ in both)
@@ -116,10 +118,15 @@ def scatter_chart(path, title, points, across, up, after=None, joined=()):
                 parts.append(f'<path d="{bars}" stroke="{colour}" stroke-width="1.4"/>')
             dot = f'cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{fill}" stroke="{colour}"'
             parts.append(f"<circle {dot}/>")
+    for label, text in joined.items():
+        px, py = at(points[label][0], points[label][2])
+        parts.append(f'<text x="{px + 8:.1f}" y="{py - 4:.1f}">{html.escape(text)}</text>')
+    for i, label in enumerate(legend):
         place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}"'
+        colour = COLOURS[i % len(COLOURS)]
         parts.append(f'<text {place} style="fill:{colour}">{html.escape(label)}</text>')
     parts += _axis_titles(across, up, left + width / 2, top + height / 2, top + height + 34)
-    size = f'width="{left + width + 240}" height="{max(top + height + 44, 20 + 16 * len(points))}"'
+    size = f'width="{left + width + 240}" height="{max(top + height + 44, 20 + 16 * len(legend))}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{STYLE}'
     Path(path).write_text("\n".join([head, *parts, "</svg>\n"]))
 
