@@ -8,45 +8,59 @@
 
 A table is data: eval/headline_tables.py holds the commands, and says where each number stands.
 Trainings lie in <runs>/<scale>/<name>-s<seed>, and tables share them. A stopped command goes on
-where it stopped when it is given again. A training that fails or diverges makes a row that says
-so. The next call tries it again.
+where it stopped when it is given again. A training that fails makes a row that says so, and the
+next call tries it again. One that diverges makes a row that says so, and is not repeated.
 
 Every job has one thread; --jobs says how many run side by side. Cells are mean +- sample standard
 deviation over n seeds. A column that a paper reports stands twice, "paper" and "here". The results
 go to <out>/headline_<table>_<scale>.json, .md and, where the table has a figure, .svg. Numbers that
-the JSON there already holds stay until this machine has measured the same row and seed itself.
+the JSON there already holds stay until this machine has measured the same row and seed itself, on
+corruptions of the same source.
+
+Exit status: 0 where all is done, 2 after a failure, 75 after a signal.
 """
 
 import contextlib
 import importlib.util
 import io
-import json
-import os
 import re
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import data, run
+from common import corruptions, data, run
 from eval import headline_report, headline_tables
-
-NUMBERS = [getattr(signal, name) for name in run.SIGNALS]
-# Exit statuses of a training that left after a signal, of an evaluation, and of any process.
-TOLD_TO_STOP = {run.TRY_AGAIN, *(128 + n for n in NUMBERS), *(-n for n in NUMBERS)}
-POLL = 0.2  # seconds between two looks at the running jobs
-NAME = re.compile(r"\{([\w+-]+)\}")
+from eval.headline_jobs import (
+    Stopped,
+    all_jobs,
+    command_of,
+    entries_of,
+    evaluation_command,
+    execute,
+    final_numbers,
+    finished,
+    launched,
+    made_by_another,
+    mark,
+    read_json,
+    result_file,
+    run_folder,
+    trained_on,
+    training,
+    trainings_of,
+)
 
 
 def parse_args(argv=None):
     parser = run.Parser(__file__, __doc__)
-    parser.add_argument("table", nargs="?", help="its name (default: list the tables)")
+    parser.add_argument(
+        "table", nargs="?", metavar="TABLE",
+        help=f"{', '.join(headline_tables.TABLES)} (default: list them)",
+    )  # fmt: skip
     parser.add_argument(
         "--scale", default="small", choices=["small", "full"],
         help="small: two CPU cores; full: the paper's size",
@@ -87,261 +101,24 @@ def parse_args(argv=None):
     if args.table is not None and args.table not in headline_tables.TABLES:
         known = ", ".join(headline_tables.TABLES)
         raise run.UserError(f"{args.table}: no such table; there are {known}")
+    run.refuse(refused(args))
     args.out = Path(args.out) if args.out else run.ROOT / "eval" / "results"
     args.runs = Path(args.runs).expanduser().resolve()
     args.data_dir = str(Path(args.data_dir).expanduser().resolve())
     return args
 
 
-# --- jobs -----------------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    """One command. It is done when `finished` finds its result."""
-
-    key: str  # "bn-s0", or "bn-s0 corruptions"
-    words: list  # the script and its arguments
-    product: Path  # the run directory of a training, the JSON file of an evaluation
-    needs: tuple  # keys of the trainings that it reads
-    command: str  # as the table has it; a product of another command does not count
-    seed: int
-    trains: bool
-
-
-def run_folder(args, name, seed):
-    return args.runs / args.scale / f"{name}-s{seed}"
-
-
-def filled(command, args, seed, own):
-    """The command's words with the names in braces filled in, and the trainings that they name."""
-    needs = []
-
-    def replace(match):
-        name = match[1]
-        if name in own:
-            return str(own[name])
-        needs.append(f"{name}-s{seed}")
-        return str(run_folder(args, name, seed))
-
-    return [NAME.sub(replace, word) for word in shlex.split(command)], tuple(needs)
-
-
-def training(args, scale, name, seed):
-    folder = run_folder(args, name, seed)
-    words, needs = filled(scale.runs[name], args, seed, {"run": folder, "seed": seed})
-    words += ["--seed", str(seed), "--data-dir", args.data_dir]
-    words += ["--out", str(folder), "--resume", "auto"]
-    return Job(f"{name}-s{seed}", words, folder, needs, scale.runs[name], seed, trains=True)
-
-
-def result_file(args, row, name, seed):
-    """The JSON of an evaluation; options of the row's own are part of its name."""
-    folder = run_folder(args, row.run, seed)
-    own = re.sub(r"[^\w.]+", "-", (row.options or {}).get(name, ""))
-    return folder / f"{Path(row.file).stem}.{name}{own}.json"
-
-
-def evaluation_command(scale, row, name):
-    return f"{scale.evaluations[name]} {(row.options or {}).get(name, '')}".strip()
-
-
-def evaluation(args, scale, row, name, seed):
-    folder = run_folder(args, row.run, seed)
-    own = {"network": folder / row.file, "run": folder, "seed": seed}
-    command = evaluation_command(scale, row, name)
-    words, needs = filled(command, args, seed, own)
-    product = result_file(args, row, name, seed)
-    words += ["--data-dir", args.data_dir, "--json", str(product)]
-    key = f"{row.run}-s{seed} {product.stem}"
-    needs = (f"{row.run}-s{seed}", *needs)
-    return Job(key, words, product, needs, command, seed, trains=False)
-
-
-def trainings_of(scale, row):
-    """The trainings of a row: its own, and those that columns name."""
-    sources = [str(word) for path in scale.columns.values() for word in path]
-    return [row.run, *(w.removeprefix("run ") for w in sources if w.startswith("run "))]
-
-
-def all_jobs(args, scale, rows, seeds):
-    """{key: Job} of rows and several seeds. A training stands after those that it needs and before
-    its evaluations."""
-    jobs = {}
-
-    def add_training(name, seed):
-        job = training(args, scale, name, seed)
-        for need in job.needs:
-            if need not in jobs:
-                add_training(need.removesuffix(f"-s{seed}"), seed)
-        jobs.setdefault(job.key, job)
-
-    for seed in seeds:
-        for row in rows:
-            for name in trainings_of(scale, row):
-                add_training(name, seed)
-            for name in args.evaluations or scale.evaluations:
-                job = evaluation(args, scale, row, name, seed)
-                jobs.setdefault(job.key, job)
-    return jobs
-
-
-def read_json(path):
-    """The content of a JSON file, None where it is not there or not whole."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return None
-
-
-def final_numbers(folder):
-    """The final numbers of a training, None as long as it has none."""
-    with contextlib.suppress(OSError, ValueError):
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        ends = [line for line in map(json.loads, lines) if line.get("event") == "end"]
-        return ends[-1] if ends else None
-    return None
-
-
-def trained_on(folders):
-    """{"device", "torch", "git"} of the processes that trained in the folders, and what --tune
-    chose there, as "tuned".
-
-    Logs from before 2026-11-26 do not name the device."""
-    lines = []
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            lines += map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    begun = [line for line in lines if line.get("event") in ("start", "resume")]
-    names = ("device", "torch", "git") if begun else ()
-    found = {
-        name: dict.fromkeys(line.get(name, "not recorded") for line in begun) for name in names
+def refused(args):
+    """{message: whether it holds} of options that would do nothing."""
+    chosen = {"--rows": args.rows, "--evaluations": args.evaluations,
+              "--checkpoints": args.checkpoints, "--jobs": args.jobs > 1}  # fmt: skip
+    wrong = {f"{name}: of which table?": args.table is None and on for name, on in chosen.items()}
+    only = [name for name in ("readme", "checkpoints", "dry_run") if getattr(args, name)]
+    several = " and ".join(f"--{name.replace('_', '-')}" for name in only)
+    return wrong | {
+        f"{several}: one at a time": len(only) > 1,
+        "--readme writes all tables: leave the name out": args.readme and args.table is not None,
     }
-    found = {name: " and ".join(values) for name, values in found.items()}
-    tuned = [line for line in lines if line.get("event") == "tuned"]
-    chosen = [{k: v for k, v in line.items() if k != "event"} for line in tuned]
-    return found | ({"tuned": chosen} if chosen else {})
-
-
-def made_by_another(product, command):
-    """Whether a product's own record says that the table had another command then."""
-    with contextlib.suppress(OSError):
-        return Path(f"{product}.command").read_text().strip() != command
-    return False
-
-
-def finished(job):
-    content = final_numbers(job.product) if job.trains else read_json(job.product)
-    return content is not None and not made_by_another(job.product, job.command)
-
-
-def mark(job):
-    """The file that says why a job failed."""
-    return job.product.with_name(f"{job.product.name}.failed")
-
-
-# --- running --------------------------------------------------------------------------------------
-
-
-def start(job, args):
-    """Start the process of a job. Its output goes to a log beside its product."""
-    mark(job).unlink(missing_ok=True)
-    words = list(job.words)
-    job.product.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{job.product}.command").write_text(f"{job.command}\n")
-    if "adversarial.py" in words[0] and Path(f"{job.product}.state").is_dir():
-        words.append("--resume")
-    launcher = [sys.executable]
-    if job.trains and args.gpus > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(args.gpus)]
-    words[0] = str(run.ROOT / words[0])
-    with open(f"{job.product}.log", "a") as log:
-        return subprocess.Popen(
-            [*launcher, *words], stdout=log, stderr=log, cwd=run.ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        )  # fmt: skip
-
-
-def reason_of(job, status):
-    """Why a job failed: the signal that killed it, else the last line of its log."""
-    if status < 0:
-        why = ": was there too little memory?" if status == -signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-status).name}{why}"
-    lines = Path(f"{job.product}.log").read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
-
-
-def told_to_stop(job, status):
-    """Whether a job left because of a signal. Under torchrun a stopped training leaves with 0."""
-    if status == 0 and job.trains and not finished(job):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            last = (job.product / "log.jsonl").read_text().splitlines()[-1]
-            return json.loads(last).get("event") == "stop"
-    return status in TOLD_TO_STOP
-
-
-def obstacle(job, failed):
-    """What keeps a job from being started, or None."""
-    broken = next((need for need in job.needs if need in failed), None)
-    if broken:
-        return f"needs {broken}, which failed"
-    if job.product.exists() and made_by_another(job.product, job.command):
-        return f"{job.product} was made by another command: move it away"
-    return None
-
-
-class Stopped(Exception):
-    """A job was told to stop, or this command was."""
-
-
-def execute(jobs, args):
-    """Run the jobs that are not finished. Returns {key: reason} of those that failed."""
-    failed, running = {}, {}
-    todo = {key: job for key, job in jobs.items() if not finished(job)}
-    total, began = len(todo), time.monotonic()
-    try:
-        while todo or running:
-            for key, job in list(todo.items()):
-                reason = obstacle(job, failed)
-                if reason:
-                    del todo[key]
-                    fail(job, reason, failed)
-                elif len(running) < args.jobs and not waits(job, todo, running):
-                    del todo[key]
-                    clock = run.clock(time.monotonic() - began)
-                    print(f"{clock}  {total - len(todo)} of {total}  {key}", flush=True)
-                    running[key] = job, start(job, args)
-            for key, (job, process) in list(running.items()):
-                status = process.poll()
-                if status is None:
-                    continue
-                del running[key]
-                if told_to_stop(job, status):
-                    raise Stopped(f"{key} was stopped")
-                reason = reason_of(job, status)
-                if status and "another process" in reason:  # it is at work on the same, unfailed
-                    raise Stopped(f"{key}: {reason}")
-                if status or not finished(job):
-                    fail(job, reason, failed)
-            time.sleep(POLL)
-    finally:
-        for _, process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)  # a training saves and leaves
-        for _, process in running.values():
-            process.wait()
-    return failed
-
-
-def waits(job, todo, running):
-    return any(need in todo or need in running for need in job.needs)
-
-
-def fail(job, reason, failed):
-    failed[job.key] = reason
-    print(f"failed: {job.key}: {reason}", flush=True)
-    if not reason.startswith("needs "):  # the mark of what it needs says it
-        mark(job).parent.mkdir(parents=True, exist_ok=True)
-        mark(job).write_text(reason + "\n")
 
 
 # --- dry run --------------------------------------------------------------------------------------
@@ -372,16 +149,18 @@ def dry_run(jobs, scale, args):
     todo = [job for job in jobs.values() if not finished(job)]
     for job in todo:
         check(job)
-        print(f"python {shlex.join(job.words)}")
-    missing = missing_data(scale.dataset, args.data_dir)
+        _, *words = launched(job, args)
+        print(f"python {shlex.join(words)}")
     print(f"{len(todo)} of {len(jobs)} commands are missing; their options are known")
-    print(f"data set {scale.dataset}: {missing or 'there'}")
+    print(f"data set {scale.dataset}: {missing_data(scale.dataset, args.data_dir) or 'there'}")
+    for line in images_of_evaluations(scale, args.data_dir):
+        print(line)
     return todo
 
 
 def dry_run_all(args):
     """Check the commands of every table and scale, and name the data sets that are not there."""
-    lines, reasons = [], {}
+    lines, reasons, others = [], {}, {}
     for name, table in headline_tables.TABLES.items():
         for size, scale in table.scales.items():
             own = run.changed(args, scale=size)
@@ -390,23 +169,44 @@ def dry_run_all(args):
                 check(job)
             if scale.dataset not in reasons:
                 reasons[scale.dataset] = missing_data(scale.dataset, args.data_dir)
+            others |= dict.fromkeys(images_of_evaluations(scale, args.data_dir))
             state = "missing" if reasons[scale.dataset] else "there"
             lines.append([name, size, len(jobs), scale.dataset, state])
     print(run.table(lines, ["table", "scale", "commands", "data set", ""]))
     print(f"{sum(line[2] for line in lines)} commands; their options are known")
-    print("\n".join(reason for reason in reasons.values() if reason))
+    print("\n".join([*filter(None, reasons.values()), *others]))
     return lines
 
 
 def missing_data(name, data_dir):
-    """What keeps a data set from being read, or None."""
+    """What keeps a data set from being read, or None. Nothing is fetched."""
     if name not in data.NAMES:
         return None  # the script makes it
+    if name in ("cifar10", "cifar100"):
+        there = data.cifar_place(name, data_dir)
+        return None if there else f"{name}: not in {data_dir}; a training would download it"
     try:
         data.load(name, data_dir, seed=0)
     except run.UserError as error:
         return str(error)
     return None
+
+
+def images_of_evaluations(scale, data_dir):
+    """Sentences on what the evaluations of a table read besides its data set."""
+    lines, commands = [], " ".join(scale.evaluations.values())
+    if "eval/corruptions.py" in commands:
+        folder = data.corrupted_dir(scale.dataset, data_dir)
+        if scale.dataset == "imagenet":
+            names = data.SETS["imagenet-c"].folders
+            folder = next((n for n in names if (Path(data_dir) / n).is_dir()), None)
+        frost = corruptions.frost_textures(None, data_dir)[1]
+        words = "the release" if folder else f"generated, frost: {frost}"
+        lines.append(f"corruptions of {scale.dataset}: {words}")
+    if scale.dataset == "in9" and "eval/domains.py" in commands:
+        parts = (missing_data(f"in9-mixed-{part}", data_dir) for part in ("same", "rand"))
+        lines += filter(None, parts)
+    return lines
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -420,14 +220,13 @@ def number(args, scale, row, path, seed):
         return None if value is None else 100 - value
     if source.startswith("run"):
         name = source.removeprefix("run").strip() or row.run
-        product, command = run_folder(args, name, seed), scale.runs[name]
+        product, command = run_folder(args, name, seed), command_of(scale, name)
         content = final_numbers(product)
     else:
         product = result_file(args, row, source, seed)
         command = evaluation_command(scale, row, source)
-        content = read_json(product) or {}
         entry = keys.pop(0) if isinstance(keys[0], int) else 0
-        content = dict(enumerate(content.get("checkpoints", []))).get(entry)
+        content = dict(enumerate(entries_of(read_json(product)))).get(entry)
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return None if made_by_another(product, command) else content
@@ -441,7 +240,7 @@ def diverged(args, row, seed):
 
 def numbers_of(args, scale, row, seed):
     """{column: number or None}; networks that diverged or are of another command have none."""
-    foreign = made_by_another(run_folder(args, row.run, seed), scale.runs[row.run])
+    foreign = made_by_another(run_folder(args, row.run, seed), command_of(scale, row.run))
     if foreign or diverged(args, row, seed) is not None:
         return dict.fromkeys(scale.columns)
     found = {}
@@ -462,23 +261,64 @@ def failure(args, scale, row, seed):
     own = {f"{name}-s{seed}" for name in trainings_of(scale, row)}
     for key, job in all_jobs(run.changed(args, evaluations=None), scale, [row], [seed]).items():
         if mark(job).is_file() and not finished(job):
-            foreign = job.trains and key not in own
-            return f"needs {key}, which failed" if foreign else mark(job).read_text().strip()
+            if job.trains and key not in own:
+                return f"needs {key}, which failed"
+            reason = re.sub(r"(?<!\S)/\S*/", "", mark(job).read_text().strip())  # of a machine
+            return reason if job.trains else f"{key.partition(' ')[2]}: {reason}"
     return None
 
 
-def published_rows(args, name, scale):
-    """{(title, command, seed): (numbers, "trained")} of the results file that stands in --out.
+def feeds(path):
+    """What a column's number comes from: "run", "run NAME", "mean", or an evaluation."""
+    return path[1] if path[0] == "100 -" else path[0]
 
-    {} where its evaluations are not those of today."""
-    content = read_json(args.out / f"headline_{name}_{args.scale}.json") or {}
-    if content.get("evaluations") != scale.evaluations:
+
+def sources_of(args, scale, row, seed):
+    """{evaluation: where its images come from} of the evaluations that say so."""
+    found = {}
+    for name in scale.evaluations:
+        content = read_json(result_file(args, row, name, seed)) or {}
+        if isinstance(content.get("source"), str):
+            found[name] = re.sub(r"(?<!\S)/\S*/", "", content["source"])
+    return found
+
+
+def network_of(row):
+    """What tells a row's network from others of the same training."""
+    return {"stage": row.stage, "file": row.file, "options": row.options or {}}
+
+
+def published_file(args, name):
+    """The results file that stands in --out, {} where there is none.
+
+    Raises UserError for a file that is no such thing: its numbers would be lost."""
+    path = args.out / f"headline_{name}_{args.scale}.json"
+    if not path.exists():
         return {}
-    return {
-        (row["row"], row["command"], seed): (numbers, row.get("trained", {}).get(seed, {}))
-        for row in content["rows"]
-        for seed, numbers in row["seeds"].items()
-    }
+    content = read_json(path) or {}
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise run.UserError(f"{path} is no table of headline.py: mend it or move it away")
+    return content
+
+
+def published_rows(content, scale):
+    """{(title, command, network, seed): (numbers, about)} of a published file's content.
+
+    A number whose evaluation has another command today is left out."""
+    before = content.get("evaluations", {})
+    same = [
+        column
+        for column, path in scale.columns.items()
+        if before.get(feeds(path)) == scale.evaluations.get(feeds(path))
+    ]
+    found = {}
+    for row in content.get("rows", []):
+        for seed, numbers in row["seeds"].items():
+            key = row["row"], row["command"], str(row.get("network")), seed
+            kept = {column: numbers.get(column) for column in same}
+            found[key] = kept, row.get("trained", {}).get(seed, {})
+    return found
 
 
 def known(numbers):
@@ -489,29 +329,39 @@ def collect(args, name, table, rows, seeds):
     """What the JSON file holds: the numbers of every row, column and seed, and the commands.
 
     The results file in --out keeps its numbers of a row and seed while it knows more of them than
-    the trainings here. A failure here takes none away. So several machines may share a table."""
+    the trainings here. It keeps them too where its corruptions have another source. A failure here
+    takes none away, nor does a smaller number of seeds. So several machines may share a table."""
     scale = table.scales[args.scale]
-    published = published_rows(args, name, scale)
+    published = published_rows(published_file(args, name), scale)
+    seeds = max([seeds, *(int(seed) + 1 for *_, seed in published)])
     found = []
     for row in rows:
         numbers, failures, trained = {}, {}, {}
-        command = f"python {scale.runs[row.run]}"
-        for seed in range(seeds):
+        command, network = f"python {command_of(scale, row.run)}", network_of(row)
+        for seed in map(str, range(seeds)):
             values = numbers_of(args, scale, row, seed)
             reason = failure(args, scale, row, seed)
-            old, about = published.get((row.title, command, str(seed)), ({}, {}))
+            old, about = published.get((row.title, command, str(network), seed), ({}, {}))
+            sources = sources_of(args, scale, row, seed)
+            before = about.get("sources", sources)
+            other = known(old) and any(before.get(k, v) != v for k, v in sources.items())
+            if other:
+                print(
+                    f"warning: {row.title}, seed {seed}: the published numbers stay, for they are "
+                    f"of other images ({'; '.join(before.values())})", file=sys.stderr,
+                )  # fmt: skip
             if reason:
-                failures[str(seed)] = reason
-            if known(values) >= known(old):
-                names = trainings_of(scale, row)
-                about = trained_on([run_folder(args, name, seed) for name in names])
+                failures[seed] = reason
+            if known(values) >= known(old) and not other:
+                folders = [run_folder(args, name, seed) for name in trainings_of(scale, row)]
+                about = trained_on(folders) | ({"sources": sources} if sources else {})
             else:
                 values = {column: old.get(column) for column in scale.columns}
             if known(values):
-                numbers[str(seed)], trained[str(seed)] = values, about
+                numbers[seed], trained[seed] = values, about
         found.append(
             {
-                "row": row.title, "run": row.run, "command": command,
+                "row": row.title, "run": row.run, "command": command, "network": network,
                 "paper": row.paper or {}, "seeds": numbers, "failed": failures, "trained": trained,
             }
         )  # fmt: skip
@@ -536,21 +386,27 @@ def write_checkpoints(args, rows):
     <run>.pt is last.pt of a training; its other files are <run>-<file>.
 
     A file is that of the training without the optimiser's state and without names of folders."""
+    scale = headline_tables.TABLES[args.table].scales[args.scale]
     folder = args.out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    run.try_folder(folder, "--out")
     networks = {}
     for row in rows:
         networks.setdefault((row.run, row.file), row)
     paths = []
     for row in networks.values():
-        trained = run_folder(args, row.run, 0)
-        if final_numbers(trained) is None:
+        job = training(args, scale, row.run, 0)
+        if not finished(job):
             print(f"not finished: {row.title}")
             continue
-        content = run.load_checkpoint(trained / row.file)
+        if not (job.product / row.file).is_file():
+            print(f"no {row.file} in {job.product}: {row.title}")
+            continue
+        content = run.load_checkpoint(job.product / row.file)
         network = {name: content[name] for name in NETWORK if name in content}
         network["args"] = {k: v for k, v in content["args"].items() if k not in PLACES}
         network |= {"table": args.table, "title": row.title}
+        for chosen in trained_on([job.product]).get("tuned", ()):
+            network["args"] |= {k: v for k, v in chosen.items() if k in network["args"]}
         path = folder / (f"{row.run}.pt" if row.file == "last.pt" else f"{row.run}-{row.file}")
         run.save_checkpoint(path, network)
         print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
@@ -561,19 +417,25 @@ def write_checkpoints(args, rows):
 # --- main -----------------------------------------------------------------------------------------
 
 
+def is_whole(scale, numbers):
+    """Whether every training and evaluation that feeds a column gave a row a number."""
+    given = {feeds(scale.columns[c]) for c, value in numbers.items() if value is not None}
+    return given >= {feeds(path) for path in scale.columns.values()}
+
+
 def state_of(args, name, table):
     """(words, minutes) of a table at the scale asked for."""
     scale = table.scales[args.scale]
     seeds = args.seeds or scale.seeds
+    content = collect(args, name, table, scale.rows, seeds)
+    asked = [(row, str(seed)) for row in content["rows"] for seed in range(seeds)]
+    whole = sum(is_whole(scale, row["seeds"].get(seed, {})) for row, seed in asked)
+    failed = sum(seed in row["failed"] for row, seed in asked)
     jobs = all_jobs(args, scale, scale.rows, range(seeds)).values()
-    done = sum(map(finished, jobs))
-    published = read_json(args.out / f"headline_{name}_{args.scale}.json")
-    words = "not begun"
-    if done:
-        words = "done" if done == len(jobs) else f"{done} of {len(jobs)} commands"
-    elif published:
-        count = sum(len(row["seeds"]) for row in published["rows"])
-        words = f"{count} of {len(scale.rows) * seeds} published"
+    begun = failed or any(row["seeds"] for row in content["rows"])
+    begun = begun or any(job.product.exists() for job in jobs)
+    words = f"{whole} of {len(asked)} rows x seeds" if begun else "not begun"
+    words = "done" if whole == len(asked) else words + (f", {failed} failed" if failed else "")
     if scale.minutes is None:
         return words, f"not measured, on {scale.machine}"
     return words, f"{scale.minutes * seeds / 60:.0f} h of {scale.machine}"
@@ -586,7 +448,7 @@ def list_tables(args):
         for scale in table.scales:
             rows.append([name, scale, *state_of(run.changed(args, scale=scale), name, table)])
     print(run.table(rows, ["table", "scale", "state", "time, estimated"]))
-    print("published: rows x seeds in the results; commands: those that have run here\n")
+    print("state: what is whole, published or measured here; time: of all seeds\n")
     for name, table in headline_tables.TABLES.items():
         words = f"{name}: {table.title} ({table.paper})"
         print(textwrap.fill(words, 79, subsequent_indent="  ", break_on_hyphens=False))
@@ -617,32 +479,50 @@ def main(args):
         return dry_run_all(args) if args.dry_run else list_tables(args)
     table = headline_tables.TABLES[args.table]
     if args.scale not in table.scales:
-        raise run.UserError(f"{args.table} has no {args.scale} scale: {', '.join(table.scales)}")
+        (other,) = table.scales
+        raise run.UserError(f"{args.table} has no {args.scale} scale: give --scale {other}")
     scale = table.scales[args.scale]
     for name in args.evaluations or ():
         if name not in scale.evaluations:
-            raise run.UserError(f"--evaluations: {name} is none of {', '.join(scale.evaluations)}")
+            known = ", ".join(scale.evaluations) or "none, for its numbers come from the trainings"
+            raise run.UserError(f"--evaluations {name}: {args.table} has {known}")
     rows, seeds = chosen_rows(args, scale), args.seeds or scale.seeds
     if args.checkpoints:
         return write_checkpoints(args, rows)
     jobs = all_jobs(args, scale, rows, range(seeds))
     if args.dry_run:
         return dry_run(jobs, scale, args)
-    stopped = None
+    published_file(args, args.table)  # it and the folders are tried before there is work to lose
+    run.try_folder(args.out, "--out")
+    run.try_folder(args.runs, "--runs")
+    failed, stopped = {}, None
     try:
-        execute(jobs, args)
+        failed = execute(jobs, args)
     except (Stopped, KeyboardInterrupt, SystemExit) as error:
-        stopped = str(error) or "interrupted"
+        stopped = name_of(error)
     content = collect(args, args.table, table, scale.rows, max(seeds, scale.seeds))
-    if not any(row["seeds"] or row["failed"] for row in content["rows"]):
-        raise run.UserError(f"{args.table}: nothing is finished yet; the same command goes on")
-    path = headline_report.publish(content, args.out)
-    lines, header = headline_report.lines_of(content)
-    words = headline_report.caption(content)
-    print(f"\n{run.table(lines, header, width=run.window())}\n{words}\nwritten: {path}")
+    if any(row["seeds"] or row["failed"] for row in content["rows"]):
+        path = headline_report.publish(content, args.out)
+        lines, header = headline_report.lines_of(content)
+        words = headline_report.caption(content)
+        print(f"\n{run.table(lines, header, width=run.window())}\n{words}\nwritten: {path}")
+    else:
+        print(f"{args.table}: nothing is finished yet")
     if stopped:
-        raise run.UserError(f"stopped ({stopped}); the same command goes on")
+        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        sys.exit(run.TRY_AGAIN)
+    if failed:
+        raise run.UserError(f"{len(failed)} of {len(jobs)} commands failed; see {args.runs}/*")
     return content
+
+
+def name_of(error):
+    """What stopped this command, in words."""
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGINT: stopped"
+    if isinstance(error, SystemExit):  # run.cli leaves with 128 and the signal's number
+        return f"{signal.Signals(error.code - 128).name}: stopped"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,9 @@ def caption(content):
     """The sentences below a table."""
     text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
     text += "deviation over n seeds; a number without it is of one seed."
-    paper = content["paper"] and f"Paper: {content['paper']}."
-    for extra in (content["note"], trained_on(content), paper):
+    shown = any(row["paper"] for row in content["rows"])
+    paper = content["paper"] and f"{'Paper' if shown else 'To compare'}: {content['paper']}."
+    for extra in (content["note"], images_of(content), trained_on(content), paper):
         text += f" {extra}" if extra else ""
     absent = [row["row"] for row in content["rows"] if not_begun(row)]
     if len(absent) > FEW:
@@ -77,6 +78,14 @@ def trained_on(content):
     if set(counts) <= {"cpu", "not recorded"}:
         return ""
     return f"Trained on: {', '.join(f'{name} ({n})' for name, n in sorted(counts.items()))}."
+
+
+def images_of(content):
+    """The sentence that counts rows x seeds by the source of their corrupted images."""
+    every = [about for row in content["rows"] for about in row.get("trained", {}).values()]
+    counts = Counter(source for about in every for source in about.get("sources", {}).values())
+    words = [f"{source} ({n})" if len(counts) > 1 else source for source, n in counts.items()]
+    return f"Corruptions: {'; '.join(words)}." if words else ""
 
 
 def markdown(content):
@@ -148,7 +157,10 @@ def updated(text, folder):
         path = folder / f"{match[2]}.json"
         if not path.is_file():
             raise run.UserError(f"README.md: no {path.name} for the marker {match[2]}")
-        body = markdown(json.loads(path.read_text()))
+        try:
+            body = markdown(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError):
+            raise run.UserError(f"{path} is no table of headline.py") from None
         if path.with_suffix(".svg").is_file():
             body += f"\n![{match[2]}]({match[2]}.svg)\n"
         return f"{match[1]}\n{body}{match[4]}"

@@ -1,6 +1,7 @@
 """The headline tables as data: what is trained, what is evaluated, and what the papers say.
 
-`eval/headline.py` runs what stands here. Nothing here computes anything.
+`eval/headline.py` runs what stands here. Nothing here computes anything. It is one long file, so
+that every command and every number of a paper is found in one place.
 
 Table    a question or a claim, its paper, and its scales: `small` for two CPU cores, `full` for
          the paper's size on GPUs.
@@ -99,14 +100,17 @@ QUESTION_COLUMNS = {
     "L2 0.25, accuracy %": ("l2", "accuracy", "worst of all"),
     "LIGS (cosine)": ("smoothness", "measures", "ligs", "mean"),
 }
+QUESTION_SIZE = (
+    "WRN-16-1, 20 epochs, last epoch; clean: 10,000 test images; corruptions and ECE: 2,000; "
+    "adapted: BatchNorm's statistics estimated on 200 of each corruption and severity; attacks "
+    "(APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01"
+)
 QUESTION = Table(
     "What does BatchNorm do to robustness?",
     "LIGS: Benz et al., ICCV 2021, ResNet-18, CIFAR-10, noise 0.01, read off a figure",
     {
         "small": Scale(
-            "WRN-16-1, 20 epochs, last epoch; clean: 10,000 test images; corruptions and ECE: "
-            "2,000; adapted: BatchNorm's statistics estimated on 200 of each corruption and "
-            "severity; attacks (APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01",
+            QUESTION_SIZE,
             "cifar10", 3, 300, CORE,
             QUESTION_RUNS, QUESTION_EVALUATIONS, QUESTION_COLUMNS,
             (
@@ -191,11 +195,10 @@ ARCHITECTURES = Scale(
     tuple(row for arch in SMALL_ARCHS for row in three_networks(arch, arch)), ERRORS_CHART,
 )  # fmt: skip
 CIFAR100 = Scale(
-    "WRN-16-1, 20 epochs; clean: 10,000 test images; corruptions: 2,000",
+    QUESTION_SIZE,
     "cifar100", 3, 60, CORE,
     {"cifar100": "ct.py --dataset cifar100 --arch wrn16-1 --epochs 20 --corrupted-images 0"},
-    {"corruptions": QUESTION_EVALUATIONS["corruptions"]}, ERRORS,
-    three_networks("cifar100", "wrn16-1"), ERRORS_CHART,
+    QUESTION_EVALUATIONS, QUESTION_COLUMNS, three_networks("cifar100", "wrn16-1"), ERRORS_CHART,
 )  # fmt: skip
 CT_SOURCE = "CT reports no table for it; BatchNorm rows: Hendrycks et al., AugMix, ICLR 2020"
 CT_CIFAR10 = Table(
@@ -307,9 +310,9 @@ CT_IMAGENET = Table(
 # --- NoFrost -------------------------------------------------------------------------------------
 
 ATTACKED = {
-    "clean %": ("autoattack", "accuracy", "clean"),
-    "PGD-20 %": ("pgd", "accuracy", "pgd-20"),
-    "AutoAttack %": ("autoattack", "accuracy", "worst of all"),
+    "clean, accuracy %": ("autoattack", "accuracy", "clean"),
+    "PGD-20, accuracy %": ("pgd", "accuracy", "pgd-20"),
+    "AutoAttack, accuracy %": ("autoattack", "accuracy", "worst of all"),
 }
 TRADE_OFF = {  # gamma: (clean, AutoAttack) of the paper's figure
     "1": (60.53, 10.35), "0.9": (63.87, 7.80), "0.8": (66.69, 3.26), "0.7": (68.95, 0.81),
@@ -322,7 +325,7 @@ def gamma_rows(run, paper):
     rows = []
     for gamma, (clean, robust) in TRADE_OFF.items():
         options = {name: f"--gamma {gamma}" for name in ("pgd", "autoattack")}
-        reported = {"clean %": clean, "AutoAttack %": robust} if paper else None
+        reported = {"clean, accuracy %": clean, "AutoAttack, accuracy %": robust} if paper else None
         rows.append(Row(f"dual-bn, gamma {gamma}", run, "dual-bn", paper=reported, options=options))
     return tuple(rows)
 
@@ -373,7 +376,7 @@ NOFROST = Table(
                 Row("TRADES (bn)", "nofrost-trades", "bn"),
                 *gamma_rows("nofrost-dual", paper=False),
             ),
-            ("clean %", "AutoAttack %"),
+            ("clean, accuracy %", "AutoAttack, accuracy %"),
         ),
         "full": Scale(
             "ResNet-50, the authors' recipe, 5,000 images of the validation set",
@@ -387,14 +390,15 @@ NOFROST = Table(
             attacks_of(5000), ATTACKED,
             (
                 Row("NoFrost (nf)", "nofrost-nf", "nf",
-                    paper={"clean %": 74.06, "PGD-20 %": 23.56, "AutoAttack %": 9.38}),
+                    paper={"clean, accuracy %": 74.06, "PGD-20, accuracy %": 23.56,
+                           "AutoAttack, accuracy %": 9.38}),
                 Row("BatchNorm", "nofrost-bn", "bn",
-                    paper={"clean %": 59.28, "PGD-20 %": 13.57}),
+                    paper={"clean, accuracy %": 59.28, "PGD-20, accuracy %": 13.57}),
                 *gamma_rows("nofrost-dual", paper=True),
                 Row("normal training (bn)", "nofrost-standard", "bn",
-                    paper={"clean %": 76.06, "PGD-20 %": 0.0}),
+                    paper={"clean, accuracy %": 76.06, "PGD-20, accuracy %": 0.0}),
             ),
-            ("clean %", "AutoAttack %"),
+            ("clean, accuracy %", "AutoAttack, accuracy %"),
         ),
     },
     "gamma is the share of the adversarial statistics and affine parameters. A training step costs "
@@ -460,40 +464,58 @@ FIXUP_10000 = Table(
 
 # --- how BatchNorm helps optimisation ------------------------------------------------------------
 
+SHIFT, MOVES = "covariate shift l2, layer 5, median", "mean of a unit moves, layer 3, median"
 PROBES = {
     "train %": ("run", "accuracy/{stage}"),
     "test %": ("run", "test/{stage}"),
     "loss band, median width": ("run", "landscape_width/{stage}"),
     "gradient change, median of the largest": ("run", "predictiveness_high/{stage}"),
     "effective beta, median": ("run", "beta/{stage}"),
+    SHIFT: ("run", "shift_l2_5/{stage}"),
+    "covariate shift cosine, layer 5, median": ("run", "shift_cos_5/{stage}"),
+    MOVES: ("run", "mean_step_3/{stage}"),
 }
+
+
+def probed_row(title, norm, lr, run="probed", paper=None):
+    return Row(f"{title}, rate {lr}", run, f"{norm}-lr{lr}", f"{norm}-lr{lr}.pt", paper)
+
+
 PROBED_ROWS = (
-    Row("none, rate 0.1", "probed", "none-lr0.1", "none-lr0.1.pt",
-        paper={"test %": 80, "effective beta, median": "5 to 45"}),
-    Row("BatchNorm, rate 0.1", "probed", "bn-lr0.1", "bn-lr0.1.pt",
-        paper={"test %": 83, "effective beta, median": "16 to 20"}),
-    Row("noisy BatchNorm, rate 0.1", "probed", "noisy-bn-lr0.1", "noisy-bn-lr0.1.pt"),
-    Row("none, rate 0.5", "probed", "none-lr0.5", "none-lr0.5.pt", paper={"train %": 10}),
-    Row("BatchNorm, rate 0.5", "probed", "bn-lr0.5", "bn-lr0.5.pt", paper={"train %": "97 to 99"}),
-    Row("noisy BatchNorm, rate 0.5", "probed", "noisy-bn-lr0.5", "noisy-bn-lr0.5.pt"),
+    probed_row("none", "none", 0.1, paper={
+        "test %": 80, "effective beta, median": "5 to 45", MOVES: "up to 0.2"}),
+    probed_row("BatchNorm", "bn", 0.1, paper={
+        "test %": 83, "effective beta, median": "16 to 20", MOVES: "0",
+        SHIFT: "as none or larger"}),
+    probed_row("noisy BatchNorm", "noisy-bn", 0.1, paper={MOVES: "0.2 to 1"}),
+    probed_row("none", "none", 0.5, paper={"train %": 10}),
+    probed_row("BatchNorm", "bn", 0.5, paper={"train %": "97 to 99"}),
+    probed_row("noisy BatchNorm", "noisy-bn", 0.5),
 )  # fmt: skip
+LP_ROWS = tuple(probed_row(norm, norm, 0.1, "probed-lp") for norm in ("l1", "l2", "linf"))
 
 
-def probed_scale(size, options, minutes, machine, seeds):
-    command = f"bn_ablation.py --dataset cifar10 {options} --lrs 0.1,0.5"
-    return Scale(size, "cifar10", seeds, minutes, machine, {"probed": command}, {}, PROBES,
-                 PROBED_ROWS)  # fmt: skip
+def probed_scale(size, options, minutes, machine, seeds, *, lp=False):
+    """Networks with and without BatchNorm; lp: also those that other norms normalise."""
+    command = f"bn_ablation.py --dataset cifar10 {options}"
+    runs = {"probed": f"{command} --lrs 0.1,0.5"}
+    if lp:
+        runs["probed-lp"] = f"{command} --lrs 0.1 --norms l1,l2,linf"
+    rows = PROBED_ROWS + (LP_ROWS if lp else ())
+    return Scale(size, "cifar10", seeds, minutes, machine, runs, {}, PROBES, rows)
 
 
 OPTIMISATION = Table(
     "BatchNorm makes the loss smoother over the weights",
-    "arXiv 1805.11604, figures 1 and 4, read off",
+    "arXiv 1805.11604, figures 1 to 4, read off",
     {
         "small": probed_scale(
             "VGG16 at a quarter of its width, 15,000 steps, probed every 100",
             "--arch vgg16-16 --measure-every 100", 900, CORE, 2,
         ),
-        "full": probed_scale("VGG16, 15,000 steps, probed every 50", "--arch vgg16", None, GPUS, 3),
+        "full": probed_scale(
+            "VGG16, 15,000 steps, probed every 50", "--arch vgg16", None, GPUS, 3, lp=True
+        ),
     },
 )  # fmt: skip
 LINEAR = Table(

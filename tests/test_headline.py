@@ -1,7 +1,9 @@
 """eval/headline.py: every command parses, rows that fail say so, and a stopped table goes on."""
 
+import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch
 
 from common import corruptions, data, models, run
 from eval import corruptions as corruptions_table
-from eval import figures, headline, headline_report, headline_tables
+from eval import figures, headline, headline_jobs, headline_report, headline_tables
 from eval.headline_tables import Row, Scale, Table
 
 SCALES = [(name, scale) for name, t in headline_tables.TABLES.items() for scale in t.scales]
@@ -29,9 +31,13 @@ with open(out / "starts", "a") as file:
 if "--wait" in options and not (out / "go").exists():
     (out / "waits").touch()
     time.sleep(60)
+if "--die" in options and not (out.parent / "mended").exists():
+    sys.exit("error: " + options["--die"])
 fails = "--fail" in options and options["--fail"] in (options["--seed"], "all")
 if fails and not (out.parent / "mended").exists():
     sys.exit("error: loss nan at step 7: stopped")
+if "--die" in options and (out.parent / "mended").exists():
+    sys.exit(3)  # without a word
 if "--kill" in options and options["--kill"] == options["--seed"]:
     os.kill(os.getpid(), signal.SIGKILL)
 if "--leave" in options and not (out.parent / "mended").exists():
@@ -48,9 +54,12 @@ with open(out / "log.jsonl", "a") as file:
 """
 FAKE_EVALUATION = """
 import json, sys
+from pathlib import Path
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 entry = {"clean": {"error": len(sys.argv[1].split("/"))}}
-open(options["--json"], "w").write(json.dumps({"checkpoints": [entry]}))
+source = Path(sys.argv[1]).parent.parent / "source"
+content = {"source": source.read_text()} if source.exists() else {}
+open(options["--json"], "w").write(json.dumps(content | {"checkpoints": [entry]}))
 """
 
 
@@ -62,7 +71,7 @@ def words_of(name, scale, tmp_path):
 def jobs_of(name, scale, tmp_path, seeds=1):
     args = headline.parse_args(words_of(name, scale, tmp_path))
     table = headline_tables.TABLES[name].scales[scale]
-    return args, table, headline.all_jobs(args, table, table.rows, range(seeds))
+    return args, table, headline_jobs.all_jobs(args, table, table.rows, range(seeds))
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
@@ -106,7 +115,7 @@ def fake(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(FAKE)
     (tmp_path / "evaluate.py").write_text(FAKE_EVALUATION)
     monkeypatch.setattr(headline_report, "LEAST", 1)
-    monkeypatch.setattr(headline, "POLL", 0.02)
+    monkeypatch.setattr(headline_jobs, "POLL", 0.02)
 
     def make(runs, rows, chart=("error", "clean")):
         runs = {name: f"{tmp_path}/train.py {options}" for name, options in runs.items()}
@@ -118,6 +127,14 @@ def fake(tmp_path, monkeypatch):
         return words_of("fake", "small", tmp_path)
 
     return make
+
+
+def left_by(line):
+    """The results file that a call leaves, however it ends."""
+    args = headline.parse_args(line)
+    with contextlib.suppress(run.UserError, SystemExit):
+        headline.main(args)
+    return json.loads((args.out / "headline_fake_small.json").read_text())
 
 
 def test_runs_what_is_missing_and_writes_the_table(fake, tmp_path, capsys):
@@ -144,7 +161,7 @@ def test_published_numbers_stay_until_they_are_measured_here(fake, tmp_path):
     headline.main(args)
 
     def errors(argv):
-        content = headline.main(headline.parse_args(argv))
+        content = left_by(argv)
         return [[v["error"] for v in row["seeds"].values()] for row in content["rows"]]
 
     line = fake({"a": "--value 10", "b": "--value 30"}, rows)  # another command of b
@@ -162,6 +179,133 @@ def test_published_numbers_stay_until_they_are_measured_here(fake, tmp_path):
     assert set(content["rows"][1]["failed"]) == {"0"}
 
 
+def test_a_student_of_another_teacher_is_another_network(fake, tmp_path):
+    """Here and among the published numbers."""
+    rows = (Row("teacher", "a", "net"), Row("student", "b", "net"))
+    student = "--value 20 --teacher {a}/last.pt"
+    line = [*fake({"a": "--value 10", "b": student}, rows), "--seeds", "1"]
+    command = headline.main(headline.parse_args(line))["rows"][1]["command"]
+    assert "--teacher {a}/last.pt; a: " in command and command.endswith("--value 10")
+    line = [*fake({"a": "--value 30", "b": student}, rows), "--seeds", "1"]
+    (tmp_path / "runs" / "small" / "a-s0").rename(tmp_path / "old")
+    (tmp_path / "runs" / "small" / "a-s0.command").unlink()
+    teacher, student = left_by(line)["rows"]
+    assert teacher["seeds"]["0"]["error"] == 30.0
+    assert student["seeds"] == {} and "made by another command" in student["failed"]["0"]
+
+
+def test_published_numbers_outlive_other_questions(fake, tmp_path):
+    """Fewer seeds, a changed evaluation, a new column; an unreadable file stops the command."""
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    line = fake({"a": "--value 10", "b": "--value 20"}, rows)
+    headline.main(headline.parse_args([*line, "--seeds", "3"]))
+    elsewhere = [*line, "--runs", str(tmp_path / "elsewhere"), "--rows", "A"]
+    content = headline.main(headline.parse_args([*elsewhere, "--seeds", "1"]))
+    assert [list(row["seeds"]) for row in content["rows"]] == [["0", "1", "2"]] * 2
+    scale = headline_tables.TABLES["fake"].scales["small"]
+    scale.evaluations["files"] += " --more 1"
+    third = [*line, "--runs", str(tmp_path / "third"), "--rows", "A"]
+    content = headline.main(headline.parse_args(third))
+    assert [v["error"] for v in content["rows"][1]["seeds"].values()] == [20.0, 21.0, 22.0]
+    assert all(v["clean"] is None for v in content["rows"][1]["seeds"].values())
+    assert content["rows"][0]["seeds"]["0"]["clean"] > 0  # measured anew, by today's command
+    file = tmp_path / "headline_fake_small.json"
+    for text in ("<<<<<<< HEAD", "[1]", "{}", '{"rows": [1]}'):
+        file.write_text(text)
+        for argv in (line, ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]):
+            with pytest.raises(run.UserError, match="is no table of headline"):
+                headline.main(headline.parse_args(argv))
+        assert file.read_text() == text
+
+
+def test_corruptions_of_another_source_do_not_replace_published_ones(fake, tmp_path, capsys):
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    line = fake({"a": "--value 10", "b": "--value 20"}, rows)
+    for folder, source in (("runs", "generated, frost: official"), ("other", "procedural")):
+        (tmp_path / folder / "small").mkdir(parents=True)
+        (tmp_path / folder / "small" / "source").write_text(source)
+    content = headline.main(headline.parse_args([*line, "--rows", "A"]))
+    assert "Corruptions: generated, frost: official." in headline_report.caption(content)
+    capsys.readouterr()
+    content = headline.main(headline.parse_args([*line, "--runs", str(tmp_path / "other")]))
+    assert "warning: A, seed 1: the published numbers stay" in capsys.readouterr().err
+    found = [row["trained"]["0"]["sources"]["files"] for row in content["rows"]]
+    assert found == ["generated, frost: official", "procedural"]
+    words = "Corruptions: generated, frost: official (2); procedural (2)."
+    assert words in headline_report.caption(content)
+
+
+def test_folders_are_tried_before_the_work(fake, tmp_path):
+    line = fake({"a": "--value 10"}, (Row("a", "a", "net"),))
+    (tmp_path / "file").touch()
+    for option in ("--out", "--runs"):
+        with pytest.raises(run.UserError, match=f"give {option} elsewhere"):
+            headline.main(headline.parse_args([*line, option, str(tmp_path / "file")]))
+    assert not list(tmp_path.rglob("starts"))
+
+
+def test_states_count_what_is_whole(fake, tmp_path):
+    """Rows x seeds with a number of every training and evaluation, published or measured here."""
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    line = fake({"a": "--value 10", "b": "--fail all"}, rows)
+
+    def state(*argv):
+        line = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), *argv]
+        return headline.main(headline.parse_args(line))[0][2]
+
+    assert state() == "not begun"
+    content = left_by(line)
+    assert state() == "2 of 4 rows x seeds, 2 failed"
+    assert state("--seeds", "1") == "1 of 2 rows x seeds, 1 failed"
+    elsewhere = ["--runs", str(tmp_path / "elsewhere")]
+    assert state(*elsewhere) == "2 of 4 rows x seeds"
+    content["rows"][0]["seeds"]["1"]["clean"] = None
+    content["rows"][1]["seeds"] = {"0": {"error": 1.0, "clean": 1.0}}
+    (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
+    assert state(*elsewhere) == "2 of 4 rows x seeds"
+    content["rows"][1]["command"] = "python another.py"
+    (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
+    assert state(*elsewhere) == "1 of 4 rows x seeds"
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"checkpoints": 3}', '{"checkpoints": []}', "{", ""])
+def test_what_is_no_result_is_made_anew(text, fake, tmp_path):
+    line = [*fake({"a": "--value 10"}, (Row("a", "a", "net"),)), "--seeds", "1"]
+    headline.main(headline.parse_args(line))
+    folder = tmp_path / "runs" / "small" / "a-s0"
+    (folder / "last.files.json").write_text(text)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('3\n[4]\n{"event": "e')  # as of a full disk
+    (tmp_path / "headline_fake_small.json").unlink()
+    (row,) = headline.main(headline.parse_args(line))["rows"]
+    assert row["seeds"]["0"]["error"] == 10.0 and row["seeds"]["0"]["clean"] > 0
+    assert (folder / "starts").read_text() == "x"
+
+
+def test_a_network_that_was_deleted_is_named(fake, tmp_path):
+    line = [*fake({"a": "--value 10"}, (Row("a", "a", "net"),)), "--seeds", "1"]
+    headline.main(headline.parse_args(line))
+    folder = tmp_path / "runs" / "small" / "a-s0"
+    (folder / "last.pt").unlink()
+    headline.main(headline.parse_args(line))  # nothing needs it
+    (folder / "last.files.json").unlink()
+    (tmp_path / "headline_fake_small.json").unlink()
+    (row,) = left_by(line)["rows"]
+    assert row["failed"]["0"].startswith("last.files: no last.pt, though its training ended")
+    shutil.rmtree(folder)
+    (row,) = headline.main(headline.parse_args(line))["rows"]
+    assert row["failed"] == {} and row["seeds"]["0"]["clean"] > 0
+
+
+def test_a_failure_has_its_own_words(fake, tmp_path):
+    """Not those of an earlier one, no path of the machine, and they do not break the table."""
+    line = fake({"a": "--die /a/b/c.pt|full"}, (Row("a", "a", "net"),))
+    assert left_by(line)["rows"][0]["failed"]["0"] == "c.pt|full"
+    assert r"c.pt\|full" in (tmp_path / "headline_fake_small.md").read_text()
+    (tmp_path / "runs" / "small" / "mended").touch()
+    assert left_by(line)["rows"][0]["failed"]["0"] == "exit status 3"
+
+
 def test_where_numbers_stand(tmp_path):
     args = headline.parse_args(["question", "--runs", str(tmp_path)])
     row = Row("a", "a", "net", options={"e": "--gamma 0.5"})
@@ -170,7 +314,7 @@ def test_where_numbers_stand(tmp_path):
         line = json.dumps({"event": "end", "error/net": error})
         (tmp_path / "small" / f"{name}-s0" / "log.jsonl").write_text(line + "\n")
     entries = [{"x": {"y": 1.0}}, {"x": {"y": 2.0}}]
-    headline.result_file(args, row, "e", 0).write_text(json.dumps({"checkpoints": entries}))
+    headline_jobs.result_file(args, row, "e", 0).write_text(json.dumps({"checkpoints": entries}))
     columns = {
         "own": ("run", "error/{stage}"), "other": ("100 -", "run b", "error/{stage}"),
         "mean": ("mean", "own", "other"), "first": ("e", "x", "y"), "second": ("e", 1, "x", "y"),
@@ -183,13 +327,15 @@ def test_where_numbers_stand(tmp_path):
         "own": 30.0, "other": 50.0, "mean": 40.0, "first": 1.0, "second": 2.0, "third": None,
         "nothing": None, "no mean": None,
     }  # fmt: skip
-    assert headline.trainings_of(scale, row) == ["a", "b"]
+    assert headline_jobs.trainings_of(scale, row) == ["a", "b"]
 
 
 def test_a_failed_training_is_a_row_that_says_so(fake, tmp_path, capsys):
     rows = (Row("good", "g", "net"), Row("bad", "a", "net"), Row("student", "b", "net"))
     runs = {"g": "--value 1", "a": "--fail 1 --value 5", "b": "--teacher {a}/last.pt"}
-    content = headline.main(headline.parse_args(fake(runs, rows)))
+    with pytest.raises(run.UserError, match="4 of 12 commands failed"):
+        headline.main(headline.parse_args(fake(runs, rows)))
+    content = json.loads((tmp_path / "headline_fake_small.json").read_text())
     good, bad, student = content["rows"]
     assert good["failed"] == {} and len(good["seeds"]) == 2
     assert bad["failed"] == {"1": "loss nan at step 7: stopped"} and list(bad["seeds"]) == ["0"]
@@ -200,16 +346,17 @@ def test_a_failed_training_is_a_row_that_says_so(fake, tmp_path, capsys):
     assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
 
 
-def test_a_training_of_another_process_has_not_failed(fake, monkeypatch, tmp_path):
+def test_a_training_of_another_process_has_not_failed(fake, monkeypatch, tmp_path, capsys):
     """Two commands on one folder: the second stops, and marks nothing as failed."""
     rows = (Row("good", "g", "net"), Row("busy", "a", "net"))
     runs = {"g": "--value 1", "a": "--fail 1 --value 5"}
     line = fake(runs, rows)
-    reason, reason_of = "a-s1: another process is training in it; wait for it", headline.reason_of
-    monkeypatch.setattr(headline, "reason_of", lambda job, status: reason)
-    with pytest.raises(run.UserError, match="another process"):
-        headline.main(headline.parse_args(line))
-    monkeypatch.setattr(headline, "reason_of", reason_of)
+    reason = "a-s1: another process is training in it; wait for it"
+    with monkeypatch.context() as patch:
+        patch.setattr(headline_jobs, "reason_of", lambda *_: reason)
+        with pytest.raises(SystemExit, match=str(run.TRY_AGAIN)):
+            headline.main(headline.parse_args(line))
+    assert "another process" in capsys.readouterr().err
     (tmp_path / "runs" / "small" / "mended").touch()
     content = headline.main(headline.parse_args(line))
     assert all(row["failed"] == {} and len(row["seeds"]) == 2 for row in content["rows"])
@@ -219,17 +366,18 @@ def test_a_killed_job_is_a_row_that_says_so(fake):
     """It does not end the table: the other rows are measured."""
     rows = (Row("killed", "a", "net"), Row("good", "b", "net"))
     line = fake({"a": "--kill 0", "b": "--value 1"}, rows)
-    killed, good = headline.main(headline.parse_args(line))["rows"]
+    killed, good = left_by(line)["rows"]
     assert killed["failed"] == {"0": "killed by SIGKILL: was there too little memory?"}
     assert list(killed["seeds"]) == ["1"] and list(good["seeds"]) == ["0", "1"]
 
 
 @pytest.mark.parametrize("status", [75, 128 + signal.SIGTERM, 0])
-def test_a_job_that_was_told_to_stop_has_not_failed(status, fake, tmp_path):
+def test_a_job_that_was_told_to_stop_has_not_failed(status, fake, tmp_path, capsys):
     """75: a training; 143: an evaluation; 0: a training under torchrun. The next call goes on."""
     line = fake({"a": f"--leave {status}"}, (Row("a", "a", "net"),))
-    with pytest.raises(run.UserError, match="nothing is finished yet"):
+    with pytest.raises(SystemExit, match=str(run.TRY_AGAIN)):
         headline.main(headline.parse_args(line))
+    assert "nothing is finished yet" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.failed"))
     (tmp_path / "runs" / "small" / "mended").touch()
     (row,) = headline.main(headline.parse_args(line))["rows"]
@@ -248,10 +396,10 @@ def test_runs_of_another_command_do_not_count(fake, tmp_path):
     rows = (Row("a", "a", "net"),)
     headline.main(headline.parse_args([*fake({"a": "--value 10"}, rows), "--seeds", "1"]))
     (tmp_path / "headline_fake_small.json").unlink()
-    (row,) = headline.main(headline.parse_args(fake({"a": "--value 90"}, rows)))["rows"]
+    (row,) = left_by(fake({"a": "--value 90"}, rows))["rows"]
     assert [v["error"] for v in row["seeds"].values()] == [91.0]
     assert "made by another command: move it away" in row["failed"]["0"]
-    assert headline.final_numbers(tmp_path / "runs" / "small" / "a-s0")["error/net"] == 10
+    assert headline_jobs.final_numbers(tmp_path / "runs" / "small" / "a-s0")["error/net"] == 10
 
 
 def test_missing_numbers_show(fake, tmp_path, capsys):
@@ -268,7 +416,7 @@ def test_missing_numbers_show(fake, tmp_path, capsys):
     assert headline_report.points_of(content, "error", "clean")["a"][:2] == (10.0, 0.0)
     content["rows"].append(content["rows"][0] | {"row": "the same, best epoch"})
     assert list(headline_report.points_of(content, "error", "clean")) == ["a"]
-    assert headline.main(headline.parse_args(line[1:]))[0][2] == "3 of 4 commands"
+    assert headline.main(headline.parse_args(line[1:]))[0][2] == "1 of 2 rows x seeds"
 
 
 def test_rows_not_begun_are_named_below(fake):
@@ -280,7 +428,7 @@ def test_rows_not_begun_are_named_below(fake):
 
 
 def test_nothing_but_failures_still_makes_a_table(fake):
-    content = headline.main(headline.parse_args(fake({"a": "--fail all"}, (Row("a", "a", "net"),))))
+    content = left_by(fake({"a": "--fail all"}, (Row("a", "a", "net"),)))
     assert content["rows"][0]["seeds"] == {} and set(content["rows"][0]["failed"]) == {"0", "1"}
 
 
@@ -305,7 +453,7 @@ def test_a_stopped_table_goes_on(fake, tmp_path, monkeypatch):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 2
+    assert process.wait(timeout=30) == run.TRY_AGAIN
     content = json.loads((tmp_path / "headline_fake_small.json").read_text())
     assert list(content["rows"][0]["seeds"]) == ["0"] and content["rows"][1]["seeds"] == {}
     for seed in (0, 1):
@@ -346,10 +494,10 @@ def test_dry_run_of_every_table(tmp_path, capsys, monkeypatch):
     """One seed is enough: seeds differ in a number alone."""
 
     def load(name, *args, **options):
-        if name != "cifar10":
-            raise run.UserError(f"{name}: not on this machine")
+        raise run.UserError(f"{name}: not on this machine")
 
     monkeypatch.setattr(data, "load", load)
+    (tmp_path / "cifar10.npz").touch()
     found = headline.main(
         headline.parse_args(
             ["--dry-run", "--seeds", "1", "--data-dir", str(tmp_path), "--runs", str(tmp_path)]
@@ -360,7 +508,19 @@ def test_dry_run_of_every_table(tmp_path, capsys, monkeypatch):
     assert {name for name, state in states.items() if state == "there"} == {"cifar10", "gaussian"}
     out = capsys.readouterr().out
     assert "their options are known" in out and out.count("pacs: not on this machine") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert "cifar100: not in" in out and "corruptions of cifar10: generated, frost: pro" in out
+    assert "in9-mixed-rand: not on this machine" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar10.npz"]  # nothing is fetched
+
+
+def test_a_dry_run_prints_what_would_be_started(fake, capsys):
+    line = [*fake({"a": "--value 1"}, (Row("a", "a", "net"),)), "--seeds", "1", "--gpus", "2"]
+    args = headline.parse_args(line)
+    scale = headline_tables.TABLES["fake"].scales["small"]
+    job = headline_jobs.training(args, scale, "a", 0)
+    words = headline_jobs.launched(job, args)
+    assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert words[6:] == job.words
 
 
 RESULTS = run.ROOT / "eval" / "results"
@@ -394,7 +554,12 @@ def test_readme_is_brought_up_to_date(fake, tmp_path):
     [
         (["nothing"], "no such table; there are question"),
         (["question", "--rows", "other"], "--rows: no other; there are BatchNorm"),
-        (["question", "--evaluations", "other"], "other is none of corruptions"),
+        (["question", "--evaluations", "x"], "--evaluations x: question has corruptions, linf"),
+        (["ct-vlcs", "--scale", "full", "--evaluations", "x"], "ct-vlcs has none, for its numb"),
+        (["ct-vlcs"], "has no small scale: give --scale full"),
+        (["--rows", "BatchNorm"], "--rows: of which table?"),
+        (["--checkpoints"], "--checkpoints: of which table?"),
+        (["question", "--checkpoints", "--dry-run"], "--checkpoints and --dry-run: one at a time"),
     ],
 )
 def test_names_that_are_not_there(line, message, tmp_path):
@@ -407,7 +572,10 @@ def test_names_that_are_not_there(line, message, tmp_path):
 CHECKPOINTS = sorted((RESULTS / "checkpoints").glob("*.pt"))
 
 
-CLEAN = {"nofrost": "clean %", "fixup-penalty": "test %"}  # by table; others: "clean error %"
+CLEAN = {
+    "nofrost": "clean, accuracy %",
+    "fixup-penalty": "test %",
+}  # by table; others: "clean error %"
 
 
 def published(content, column=None):
@@ -488,6 +656,13 @@ def test_writes_checkpoints_of_finished_rows(tmp_path, monkeypatch, capsys):
     assert written["args"] == {"lr": 0.1} and written["title"] == "first"
     assert run.load_checkpoint(paths[1])["title"] == "teacher"
     assert "not finished: second" in capsys.readouterr().out
+    (folder / "teacher.pt").unlink()
+    (tmp_path / "runs" / "small" / "a-s0.command").write_text("another")
+    line = [*words_of("fake", "small", tmp_path), "--checkpoints"]
+    assert headline.main(headline.parse_args(line)) == []
+    (tmp_path / "runs" / "small" / "a-s0.command").unlink()
+    assert [p.name for p in headline.main(headline.parse_args(line))] == ["a.pt"]
+    assert "no teacher.pt in" in capsys.readouterr().out
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -10,7 +10,13 @@ that, with dataset.mean and dataset.std.
 """
 
 from common.data import decode, files, folders, shapes, shortcut, trees
-from common.data.arrays import corrupted_dir, corrupted_labels, read_corrupted, read_manifest
+from common.data.arrays import (
+    cifar_place,
+    corrupted_dir,
+    corrupted_labels,
+    read_corrupted,
+    read_manifest,
+)
 from common.data.augment import POLICIES, augmented, jsd
 from common.data.batches import Batches
 from common.data.files import Files
@@ -65,6 +71,7 @@ __all__ = [
     "augmented",
     "channel_stats",
     "check_streams",
+    "cifar_place",
     "corrupted_dir",
     "corrupted_labels",
     "crop_flip",

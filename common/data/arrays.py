@@ -19,22 +19,35 @@ from common.data.table import SETS
 from common.run import UserError
 
 
-def read_cifar(name, data_dir):
-    """(train, test, classes) from torchvision's files, else <name>.npz, else by download."""
+def cifar_class(name):
+    """torchvision's class of CIFAR-10 or CIFAR-100."""
     from torchvision import datasets
 
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    folder, npz = data_dir / cls.base_folder, data_dir / f"{name}.npz"
-    if not folder.is_dir():
-        if npz.is_file():
-            return read_npz(npz)
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
+def cifar_place(name, data_dir):
+    """Where CIFAR-10 or CIFAR-100 lies: torchvision's folder, else <name>.npz, else None."""
+    folder, npz = Path(data_dir) / cifar_class(name).base_folder, Path(data_dir) / f"{name}.npz"
+    if folder.is_dir():
+        return folder
+    return npz if npz.is_file() else None
+
+
+def read_cifar(name, data_dir):
+    """(train, test, classes) from torchvision's files, else <name>.npz, else by download."""
+    cls = cifar_class(name)
+    place = cifar_place(name, data_dir)
+    if place is None:
         download(cls, name, data_dir)
+    elif place.is_file():
+        return read_npz(place)
     try:
         parts = [cls(str(data_dir), train=train) for train in (True, False)]
     except RuntimeError:  # torchvision's word for a missing file or another MD5
         raise UserError(
-            f"{folder}: a file is missing, truncated or altered (MD5); delete the folder and run "
-            "again to download it, or put an intact copy there"
+            f"{data_dir / cls.base_folder}: a file is missing, truncated or altered (MD5); delete "
+            "the folder and run again to download it, or put an intact copy there"
         ) from None
     images = [Images(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
                      torch.tensor(p.targets)) for p in parts]  # fmt: skip

@@ -57,9 +57,13 @@ def line_chart(path, title, curves, log=False, across="", up=""):
 
 
 def _decades(low, high):
-    """Places of a logarithmic axis: whole decades, or quarters of a range below two of them."""
-    whole = [*range(math.ceil(low), math.floor(high) + 1)]
-    return whole if len(whole) > 2 else [low + (high - low) * k / 4 for k in range(5)]
+    """Places of a logarithmic axis: whole decades, 1, 2 and 5 of them below two decades, or
+    quarters of a short range."""
+    digits = (1, 2, 5) if high - low < 2 else (1,)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    places = [power + math.log10(digit) for power in powers for digit in digits]
+    round_ones = [place for place in places if low <= place <= high]
+    return round_ones if len(round_ones) > 2 else [low + (high - low) * k / 4 for k in range(5)]
 
 
 def _axis_titles(across, up, middle_x, middle_y, below):
@@ -125,6 +129,8 @@ def scatter_chart(path, title, points, across, up, after=None, joined=None):
         place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}"'
         colour = COLOURS[i % len(COLOURS)]
         parts.append(f'<text {place} style="fill:{colour}">{html.escape(label)}</text>')
+    if any(x_sd or y_sd for _, x_sd, _, y_sd in every):
+        across += "; bars: standard deviation over seeds (no bar: one seed)"
     parts += _axis_titles(across, up, left + width / 2, top + height / 2, top + height + 34)
     size = f'width="{left + width + 240}" height="{max(top + height + 44, 20 + 16 * len(legend))}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{STYLE}'

@@ -249,6 +249,7 @@ def format_table(rows, header, form="text"):
         csv.writer(out, lineterminator="\n").writerows(lines)
         return out.getvalue().rstrip("\n")
     if form == "markdown":
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         lines.insert(1, ["---"] * len(header))
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     lines = [" & ".join(map(latex, line)) + r" \\" for line in lines]
