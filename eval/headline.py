@@ -44,6 +44,7 @@ from eval.headline_jobs import (
     final_numbers,
     finished,
     launched,
+    log_of,
     made_by_another,
     mark,
     read_json,
@@ -283,6 +284,16 @@ def sources_of(args, scale, row, seed):
     return found
 
 
+def curve_of(args, scale, row, seed):
+    """[[epoch, value], ...] of what the table draws over epochs; of each epoch the last value."""
+    if not scale.curve:
+        return []
+    lines = log_of(run_folder(args, row.run, seed))
+    own = [line for line in lines if line.get("stage") == row.stage and scale.curve[0] in line]
+    values = {line["epoch"]: line[scale.curve[0]] for line in own}
+    return [[epoch, float(f"{value:.4g}")] for epoch, value in sorted(values.items())]
+
+
 def network_of(row):
     """What tells a row's network from others of the same training."""
     return {"stage": row.stage, "file": row.file, "options": row.options or {}}
@@ -354,7 +365,8 @@ def collect(args, name, table, rows, seeds):
                 failures[seed] = reason
             if known(values) >= known(old) and not other:
                 folders = [run_folder(args, name, seed) for name in trainings_of(scale, row)]
-                about = trained_on(folders) | ({"sources": sources} if sources else {})
+                more = {"sources": sources, "curve": curve_of(args, scale, row, seed)}
+                about = trained_on(folders) | {k: v for k, v in more.items() if v}
             else:
                 values = {column: old.get(column) for column in scale.columns}
             if known(values):
@@ -368,7 +380,7 @@ def collect(args, name, table, rows, seeds):
     return {
         "table": name, "title": table.title, "scale": args.scale, "size": scale.size,
         "paper": table.paper, "note": table.note, "dataset": scale.dataset,
-        "columns": list(scale.columns), "chart": list(scale.chart),
+        "columns": list(scale.columns), "chart": list(scale.chart), "curve": list(scale.curve),
         "evaluations": scale.evaluations, "versions": run.versions(), "rows": found,
     }  # fmt: skip
 

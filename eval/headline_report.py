@@ -97,6 +97,8 @@ def markdown(content):
 
 def draw(content, path):
     """Write the figure of a results file where it has one; returns whether it has."""
+    if content.get("curve"):
+        return draw_curves(content, path)
     if not content["chart"]:
         return False
     across, up, *after = content["chart"]
@@ -110,6 +112,22 @@ def draw(content, path):
     else:
         path.unlink(missing_ok=True)
     return len(points) >= LEAST
+
+
+def draw_curves(content, path):
+    """Rows over epochs: a line of the mean of the seeds, a band from the least to the largest."""
+    lines = {}
+    for row in content["rows"]:
+        curves = [dict(about.get("curve", ())) for about in row["trained"].values()]
+        for epoch in sorted({epoch for curve in curves for epoch in curve}):
+            values = [curve[epoch] for curve in curves if epoch in curve]
+            point = epoch, statistics.mean(values), min(values), max(values)
+            lines.setdefault(row["row"], []).append(point)
+    if lines:
+        up = content["curve"][1]
+        title = f"{up.capitalize()}: mean over seeds, band from the least to the largest"
+        run.line_chart(path, title, lines, log=True, across="epoch", up=up)
+    return bool(lines)
 
 
 def points_of(content, across, up):

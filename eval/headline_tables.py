@@ -50,6 +50,7 @@ class Scale(NamedTuple):
     columns: dict  # {title: path}
     rows: tuple
     chart: tuple = ()  # columns of the figure: across, up, and up after adaptation
+    curve: tuple = ()  # or (what each epoch of log.jsonl holds, its title): a figure over epochs
 
 
 class Table(NamedTuple):
@@ -421,7 +422,8 @@ def fixup_scale(size, command, dataset, seeds, minutes, machine, name="tuned"):
     """One tuned run of fixup_penalty.py for each variant."""
     runs = {f"{name}-{v}": f"fixup_penalty.py {command} --tune --variants {v}" for v in VARIANTS}
     rows = tuple(Row(variant, f"{name}-{variant}", variant) for variant in VARIANTS)
-    return Scale(size, dataset, seeds, minutes, machine, runs, {}, FIXUP_COLUMNS, rows)
+    return Scale(size, dataset, seeds, minutes, machine, runs, {}, FIXUP_COLUMNS, rows,
+                 curve=("embedding", "mean square of the embedding"))  # fmt: skip
 
 
 FIXUP_SOURCE = (

@@ -695,6 +695,35 @@ def test_rings_and_joined_points(tmp_path):
     assert text.count('x="520"') == 1  # the legend holds the network that is not joined
 
 
+def test_a_curve_over_epochs_is_drawn_and_published(tmp_path, monkeypatch):
+    """An epoch that was measured twice, before and after a stop, counts once."""
+    rows = (Row("a", "a", "net"), Row("b", "b", "net"))
+    scale = Scale("", "shapes", 2, 1, "", {"a": "", "b": ""}, {}, {"e": ("run", "e/{stage}")}, rows,
+                  curve=("size", "size of it"))  # fmt: skip
+    monkeypatch.setattr(headline_tables, "TABLES", {"fake": Table("", "", {"small": scale})})
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / "small" / f"a-s{seed}"
+        folder.mkdir(parents=True)
+        lines = [
+            {"stage": "net", "epoch": e, "size": s} for e, s in ((0, 1), (1, 9), (1, 2 + seed))
+        ]
+        lines += [{"stage": "tune-net", "epoch": 2, "size": 7}, {"event": "end", "e/net": 1.0}]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    args = headline.parse_args(words_of("fake", "small", tmp_path))
+    content = headline.collect(args, "fake", headline_tables.TABLES["fake"], rows, 2)
+    assert [about["curve"] for about in content["rows"][0]["trained"].values()] == [
+        [[0, 1.0], [1, 2.0]], [[0, 1.0], [1, 3.0]],
+    ]  # fmt: skip
+    headline_report.publish(content, tmp_path)
+    text = (tmp_path / "headline_fake_small.svg").read_text()
+    assert ">size of it<" in text and ">epoch<" in text and ">a<" in text and ">b<" not in text
+    elsewhere = [*words_of("fake", "small", tmp_path), "--runs", str(tmp_path / "elsewhere")]
+    kept = headline.collect(
+        headline.parse_args(elsewhere), "fake", headline_tables.TABLES["fake"], rows, 2
+    )
+    assert kept["rows"] == content["rows"]
+
+
 def test_few_points_are_no_figure(tmp_path):
     rows = [{"row": f"row {i}", "seeds": {"0": {"c": i, "r": i}}} for i in range(3)]
     content = {"rows": rows, "title": "T", "chart": ["c", "r"]}
