@@ -69,7 +69,6 @@ class Loop:
         self._fresh = {}
         self._loss = None
         self._norm = None
-        self._lr = 0.0
 
     def compiled(self, model):
         """Another model for this loop, compiled as `net` is. None stays None."""
@@ -189,8 +188,9 @@ class Loop:
             self.rundir.leave(f"after step {self.done} of {self.total} of {self.stage}")
 
     def _options(self):
-        """The run's options, with the seed of this network: a run may have several."""
-        return {"args": self.rundir.options | {"seed": self.batches.seed}}
+        """The run's options, with the seed of this network, and what --tune chose for it."""
+        tuned = self.rundir.tuned.get(self.stage.removesuffix(f"-s{self.batches.seed}"), {})
+        return {"args": self.rundir.options | {"seed": self.batches.seed} | tuned}
 
     def _told_to_stop(self):
         """Whether a signal came. The processes agree: all must stop after the same step."""
