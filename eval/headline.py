@@ -516,8 +516,8 @@ def main(args):
     if any(row["seeds"] or row["failed"] for row in content["rows"]):
         path = headline_report.publish(content, args.out)
         lines, header = headline_report.lines_of(content)
-        words = headline_report.caption(content)
-        print(f"\n{run.table(lines, header, width=run.window())}\n{words}\nwritten: {path}")
+        words = textwrap.fill(headline_report.caption(content), 79, break_on_hyphens=False)
+        print(f"\n{run.table(lines, header, width=run.window())}\n\n{words}\nwritten: {path}")
     else:
         print(f"{args.table}: nothing is finished yet")
     if stopped:

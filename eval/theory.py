@@ -229,10 +229,8 @@ def main(args):
         rows.append([ratio, *(format(s, ".3f") for s in shares)])
         rows[-1] += [format(v, ".6g") for v in (exact["ratio"], data["ratio"], limit)]
     header = ["s1/s2", "plain", "(data)", "normalised", "(data)", "growth", "(data)", "limit"]
-    print(
-        "Two features: share of the low-variance one (%), and how many times more the error grows"
-    )
-    print("with normalised features when it shifts; limit = (s1/s2)^4 / 4\n")
+    print("Two features: share of the low-variance one (%), and how many times more the")
+    print("error grows with normalised features when it shifts; limit = (s1/s2)^4 / 4\n")
     print(run.table(rows, header))
 
     trials = [measure(args, trial) for trial in range(args.trials)]
@@ -251,12 +249,11 @@ def main(args):
             row += [f"{mean:.4g} +- {sd:.2g}", format(expected[name][quantity], ".4g")]
         rows.append(row)
     low = args.low
-    print(f"\n{args.features - low} features of standard deviation {args.sigma_high}, {low} of")
-    print(
-        f"{args.sigma_low}, {args.samples} samples, shift of variance {args.tau}^2, mean +- sd of"
-    )
-    print(f"{args.trials} draws; E y^2 = 1\n")
-    print(run.table(rows, ["", "plain", "(formula)", "normalised", "(formula)"]))
+    print(f"\n{args.features - low} features of standard deviation {args.sigma_high}, ", end="")
+    print(f"{low} of {args.sigma_low}, {args.samples} samples,")
+    print(f"shift of variance {args.tau}^2, mean +- sd of {args.trials} draws; E y^2 = 1\n")
+    header = ["", "plain", "(formula)", "normalised", "(formula)"]
+    print(run.table(rows, header, width=run.window()))
 
     plain, normalised = (100 * two[-1]["closed_form"][name]["share"] for name in SOLUTIONS)
     ratio = two[-1]["ratio"]

@@ -2,6 +2,8 @@
 
 import shlex
 import statistics
+import sys
+import textwrap
 from itertools import pairwise
 
 from common.run.cli import command
@@ -85,7 +87,10 @@ def print_findings(paper, here, args, folder, following):
             if evaluates and ".py:" in args.arch:
                 options += ["--arch", args.arch]
             lines[command(script, *options)] = shows
-    print(f"\nPaper: {paper}\nHere: {here}\n\nNext:")
+    print()
+    for words in (f"Paper: {paper}", f"Here: {here}"):
+        print(textwrap.fill(words, window() or sys.maxsize, break_on_hyphens=False))
+    print("\nNext:")
     for line, shows in lines.items():
         print(f"  # {shows}\n  {line}")
 
