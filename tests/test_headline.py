@@ -15,7 +15,14 @@ import torch
 
 from common import corruptions, data, models, run
 from eval import corruptions as corruptions_table
-from eval import figures, headline, headline_jobs, headline_report, headline_tables
+from eval import (
+    figures,
+    headline,
+    headline_jobs,
+    headline_numbers,
+    headline_report,
+    headline_tables,
+)
 from eval.headline_tables import Row, Scale, Table
 
 SCALES = [(name, scale) for name, t in headline_tables.TABLES.items() for scale in t.scales]
@@ -322,7 +329,7 @@ def test_where_numbers_stand(tmp_path):
         "no mean": ("mean", "own", "third"),
     }  # fmt: skip
     scale = Scale("", "shapes", 1, 1, "", {"a": "", "b": ""}, {"e": ""}, columns, (row,))
-    found = headline.numbers_of(args, scale, row, 0)
+    found = headline_numbers.numbers_of(args, scale, row, 0)
     assert found == {
         "own": 30.0, "other": 50.0, "mean": 40.0, "first": 1.0, "second": 2.0, "third": None,
         "nothing": None, "no mean": None,
@@ -410,7 +417,7 @@ def test_missing_numbers_show(fake, tmp_path, capsys):
     (tmp_path / "headline_fake_small.json").unlink()
     args = headline.parse_args(line)
     table = headline_tables.TABLES["fake"]
-    content = headline.collect(args, "fake", table, table.scales["small"].rows, 2)
+    content = headline_numbers.collect(args, "fake", table, table.scales["small"].rows, 2)
     ((_, error, clean, n),) = headline_report.lines_of(content)[0]
     assert error == "10.50 +- 0.71" and clean.endswith(" (1 of 2)") and n == 2
     assert headline_report.points_of(content, "error", "clean")["a"][:2] == (10.0, 0.0)
@@ -710,7 +717,7 @@ def test_a_curve_over_epochs_is_drawn_and_published(tmp_path, monkeypatch):
         lines += [{"stage": "tune-net", "epoch": 2, "size": 7}, {"event": "end", "e/net": 1.0}]
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     args = headline.parse_args(words_of("fake", "small", tmp_path))
-    content = headline.collect(args, "fake", headline_tables.TABLES["fake"], rows, 2)
+    content = headline_numbers.collect(args, "fake", headline_tables.TABLES["fake"], rows, 2)
     assert [about["curve"] for about in content["rows"][0]["trained"].values()] == [
         [[0, 1.0], [1, 2.0]], [[0, 1.0], [1, 3.0]],
     ]  # fmt: skip
@@ -718,7 +725,7 @@ def test_a_curve_over_epochs_is_drawn_and_published(tmp_path, monkeypatch):
     text = (tmp_path / "headline_fake_small.svg").read_text()
     assert ">size of it<" in text and ">epoch<" in text and ">a<" in text and ">b<" not in text
     elsewhere = [*words_of("fake", "small", tmp_path), "--runs", str(tmp_path / "elsewhere")]
-    kept = headline.collect(
+    kept = headline_numbers.collect(
         headline.parse_args(elsewhere), "fake", headline_tables.TABLES["fake"], rows, 2
     )
     assert kept["rows"] == content["rows"]

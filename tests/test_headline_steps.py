@@ -12,7 +12,7 @@ import torch
 
 from common import data
 from common.data import trees
-from eval import headline, headline_tables
+from eval import headline, headline_jobs, headline_numbers, headline_tables
 
 SCALES = {(name, size): s for name, t in headline_tables.TABLES.items()
           for size, s in t.scales.items()}  # fmt: skip
@@ -114,7 +114,7 @@ def train(job, scale, weights, monkeypatch):
     if hasattr(script, "TUNED"):
         monkeypatch.setattr(script, "TUNED", {k: v[:1] for k, v in script.TUNED.items()})
     script.main(script.parse_args(shortened(job, scale.dataset, weights)))
-    assert headline.finished(job)
+    assert headline_jobs.finished(job)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_a_step_of_every_training(table, size, name, made_up, weights, tmp_path,
     args = headline.parse_args(
         [table, "--scale", size, "--runs", str(tmp_path), "--data-dir", str(made_up)]
     )
-    job = headline.training(args, scale, name, 0)
+    job = headline_jobs.training(args, scale, name, 0)
     for need in job.needs:
-        needed = headline.training(args, scale, need.removesuffix("-s0"), 0)
+        needed = headline_jobs.training(args, scale, need.removesuffix("-s0"), 0)
         train(needed, scale, weights, monkeypatch)
     train(job, scale, weights, monkeypatch)
     for row in scale.rows:
@@ -138,7 +138,7 @@ def test_a_step_of_every_training(table, size, name, made_up, weights, tmp_path,
         for column, path in scale.columns.items():
             source = path[1] if path[0] == "100 -" else path[0]
             if source == f"run {name}" or (source == "run" and row.run == name):
-                found = headline.number(args, scale, row, path, 0)
+                found = headline_numbers.number(args, scale, row, path, 0)
                 assert found is not None, (row.title, column)
 
 
