@@ -54,5 +54,18 @@ def test_options_explain_themselves(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_usage_names_the_positional_arguments(path, monkeypatch):
+    parser = parser_of(path, monkeypatch)
+    usage = parser.format_usage()
+    names = [action for action in parser._actions if not action.option_strings]
+    assert usage.startswith(f"usage: {path.name} [options]")
+    shown = usage.split("[options]")[1].split()
+    assert bool(shown) == bool(names) and len(shown) <= 2 * len(names)
+    words = [line.split()[-1] for line in parser.format_help().split("examples:")[0].splitlines()
+             if line.split()]  # fmt: skip
+    assert not [word for word in words if re.fullmatch(r"-?-?[a-z]+-", word)]  # broken at a hyphen
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_usage_fits_a_line(path, monkeypatch):
     assert len(parser_of(path, monkeypatch).format_usage().splitlines()) <= 2

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -161,7 +162,17 @@ METAVARS = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option once, and never "None"."""
+    """Shows the default of every option once, and never "None". The usage line names what stands
+    without a "--". No name is broken at its hyphen."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        for action in actions:
+            if not action.option_strings:
+                usage += f" {self._format_args(action, action.metavar or action.dest)}"
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_help_string(self, action):
         text = action.help or ""
