@@ -59,8 +59,12 @@ def test_usage_names_the_positional_arguments(path, monkeypatch):
     usage = parser.format_usage()
     names = [action for action in parser._actions if not action.option_strings]
     assert usage.startswith(f"usage: {path.name} [options]")
-    shown = usage.split("[options]")[1].split()
-    assert bool(shown) == bool(names) and len(shown) <= 2 * len(names)
+    shown = usage.split("[options]")[1]
+    for action in names:
+        choices = [] if action.metavar else action.choices
+        words = [*map(str, choices or ())] or [action.metavar or action.dest]
+        assert all(word in shown for word in words)
+    assert bool(shown.split()) == bool(names)
     words = [line.split()[-1] for line in parser.format_help().split("examples:")[0].splitlines()
              if line.split()]  # fmt: skip
     assert not [word for word in words if re.fullmatch(r"-?-?[a-z]+-", word)]  # broken at a hyphen
