@@ -33,11 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import corruptions, data, run
 from eval import headline_report, headline_tables
 from eval.headline_jobs import (
+    NUMBERS,
     Stopped,
     all_jobs,
     execute,
     finished,
     launched,
+    made_by_another,
     trained_on,
     training,
 )
@@ -107,6 +109,7 @@ def refused(args):
     return wrong | {
         f"{several}: one at a time": len(only) > 1,
         "--readme writes all tables: leave the name out": args.readme and args.table is not None,
+        "--out and --runs: a folder each": "" in (args.out, args.runs),
     }
 
 
@@ -172,8 +175,8 @@ def missing_data(name, data_dir):
     if name not in data.NAMES:
         return None  # the script makes it
     if name in ("cifar10", "cifar100"):
-        there = data.cifar_place(name, data_dir)
-        return None if there else f"{name}: not in {data_dir}; a training would download it"
+        if data.cifar_place(name, data_dir) is None:
+            return f"{name}: not in {data_dir}; a training would download it"
     try:
         data.load(name, data_dir, seed=0)
     except run.UserError as error:
@@ -221,7 +224,8 @@ def write_checkpoints(args, rows):
     for row in networks.values():
         job = training(args, scale, row.run, 0)
         if not finished(job):
-            print(f"not finished: {row.title}")
+            foreign = made_by_another(job.product, job.command)
+            print(f"{'made by another command' if foreign else 'not finished'}: {row.title}")
             continue
         if not (job.product / row.file).is_file():
             print(f"no {row.file} in {job.product}: {row.title}")
@@ -248,8 +252,9 @@ def state_of(args, name, table):
     seeds = args.seeds or scale.seeds
     content = collect(args, name, table, scale.rows, seeds)
     asked = [(row, str(seed)) for row in content["rows"] for seed in range(seeds)]
-    whole = sum(is_whole(scale, row["seeds"].get(seed, {})) for row, seed in asked)
-    failed = sum(seed in row["failed"] for row, seed in asked)
+    states = [(is_whole(scale, row["seeds"].get(seed, {})), row, seed) for row, seed in asked]
+    whole = sum(state for state, _, _ in states)
+    failed = sum(seed in row["failed"] for state, row, seed in states if not state)
     jobs = all_jobs(args, scale, scale.rows, range(seeds)).values()
     begun = failed or any(row["seeds"] for row in content["rows"])
     begun = begun or any(job.product.exists() for job in jobs)
@@ -266,7 +271,7 @@ def list_tables(args):
     for name, table in headline_tables.TABLES.items():
         for scale in table.scales:
             rows.append([name, scale, *state_of(run.changed(args, scale=scale), name, table)])
-    print(run.table(rows, ["table", "scale", "state", "time, estimated"]))
+    print(run.table(rows, ["table", "scale", "state", "time, estimated"], width=run.window()))
     print("state: what is whole, published or measured here; time: of all seeds\n")
     for name, table in headline_tables.TABLES.items():
         words = f"{name}: {table.title} ({table.paper})"
@@ -311,7 +316,7 @@ def main(args):
     jobs = all_jobs(args, scale, rows, range(seeds))
     if args.dry_run:
         return dry_run(jobs, scale, args)
-    published_file(args, args.table)  # it and the folders are tried before there is work to lose
+    published_file(args, args.table, scale)  # tried before there is work to lose, as the folders
     run.try_folder(args.out, "--out")
     run.try_folder(args.runs, "--runs")
     failed, stopped = {}, None
@@ -319,7 +324,35 @@ def main(args):
         failed = execute(jobs, args)
     except (Stopped, KeyboardInterrupt, SystemExit) as error:
         stopped = name_of(error)
-    content = collect(args, args.table, table, scale.rows, max(seeds, scale.seeds))
+    with held() as signals:
+        content = collect(args, args.table, table, scale.rows, max(seeds, scale.seeds))
+        show(content, args)
+    stopped = stopped or (signals and f"{signals[0]}: stopped")
+    if stopped:
+        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        sys.exit(run.TRY_AGAIN)
+    if failed:
+        logs = args.runs / args.scale / "*.log"
+        raise run.UserError(f"{len(failed)} of {len(jobs)} commands failed; see {logs}")
+    return content
+
+
+@contextlib.contextmanager
+def held():
+    """Signals that would stop this command wait; gives the list of their names."""
+    names = []
+    old = {}
+    for number in NUMBERS:
+        old[number] = signal.signal(number, lambda n, _: names.append(signal.Signals(n).name))
+    try:
+        yield names
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def show(content, args):
+    """Publish the table and print it."""
     if any(row["seeds"] or row["failed"] for row in content["rows"]):
         path = headline_report.publish(content, args.out)
         lines, header = headline_report.lines_of(content)
@@ -327,12 +360,6 @@ def main(args):
         print(f"\n{run.table(lines, header, width=run.window())}\n\n{words}\nwritten: {path}")
     else:
         print(f"{args.table}: nothing is finished yet")
-    if stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
-        sys.exit(run.TRY_AGAIN)
-    if failed:
-        raise run.UserError(f"{len(failed)} of {len(jobs)} commands failed; see {args.runs}/*")
-    return content
 
 
 def name_of(error):

@@ -220,15 +220,17 @@ def start(job, args):
     if not job.trains:
         job.product.unlink(missing_ok=True)  # not whole, else it would be finished
     with open(f"{job.product}.log", "a") as log:
+        begins = log.tell()
         process = subprocess.Popen(
             launched(job, args), stdout=log, stderr=log, cwd=run.ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
-        return process, log.tell()
+        return process, begins
 
 
 def reason_of(job, status, begins):
-    """Why a job failed: the signal that killed it, else the last line of its part of the log."""
+    """Why a job failed: the signal that killed it, else the last error in its part of the log, else
+    the last line. Torchrun writes many lines below an error."""
     if status < 0:
         why = ": was there too little memory?" if status == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{why}"
@@ -236,7 +238,8 @@ def reason_of(job, status, begins):
     lines = text.strip().splitlines()
     if status == 0:
         return "ended without a result"
-    return lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
+    errors = [line for line in lines if line.startswith("error: ")]
+    return [f"exit status {status}", *lines[-1:], *errors[-1:]][-1].removeprefix("error: ")
 
 
 def told_to_stop(job, status):
@@ -276,6 +279,9 @@ def execute(jobs, args):
     try:
         while todo or running:
             for key, job in list(todo.items()):
+                if finished(job):  # by another command, meanwhile
+                    del todo[key]
+                    continue
                 ready = not waits(job, todo, running)
                 reason = obstacle(job, failed) or (ready and lost_network(job))
                 if reason:

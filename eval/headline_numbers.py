@@ -4,6 +4,7 @@
 keeps those that the results file already holds, where this machine does not know better.
 """
 
+import math
 import re
 import statistics
 import sys
@@ -46,7 +47,8 @@ def number(args, scale, row, path, seed):
         content = dict(enumerate(entries_of(read_json(product)))).get(entry)
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
-    return None if made_by_another(product, command) else content
+    is_number = isinstance(content, (int, float)) and math.isfinite(content)
+    return content if is_number and not made_by_another(product, command) else None
 
 
 def diverged(args, row, seed):
@@ -73,11 +75,13 @@ def numbers_of(args, scale, row, seed):
 def failure(args, scale, row, seed):
     """Why a row has no numbers for a seed, or None."""
     step = diverged(args, row, seed)
-    if step is not None:
+    foreign = made_by_another(run_folder(args, row.run, seed), command_of(scale, row.run))
+    if step is not None and not foreign:
         return f"diverged at step {step:g}"
     own = {f"{name}-s{seed}" for name in trainings_of(scale, row)}
     for key, job in all_jobs(run.changed(args, evaluations=None), scale, [row], [seed]).items():
-        if mark(job).is_file() and not finished(job):
+        stale = not job.product.exists() and made_by_another(job.product, job.command)
+        if mark(job).is_file() and not finished(job) and not stale:
             if job.trains and key not in own:
                 return f"needs {key}, which failed"
             reason = re.sub(r"(?<!\S)/\S*/", "", mark(job).read_text().strip())  # of a machine
@@ -94,8 +98,10 @@ def sources_of(args, scale, row, seed):
     """{evaluation: where its images come from} of the evaluations that say so."""
     found = {}
     for name in scale.evaluations:
-        content = read_json(result_file(args, row, name, seed)) or {}
-        if isinstance(content.get("source"), str):
+        product = result_file(args, row, name, seed)
+        content = read_json(product) or {}
+        foreign = made_by_another(product, evaluation_command(scale, row, name))
+        if isinstance(content.get("source"), str) and not foreign:
             found[name] = re.sub(r"(?<!\S)/\S*/", "", content["source"])
     return found
 
@@ -110,73 +116,83 @@ def curve_of(args, scale, row, seed):
     return [[epoch, float(f"{value:.4g}")] for epoch, value in sorted(values.items())]
 
 
-def network_of(row):
-    """What tells a row's network from others of the same training."""
-    return {"stage": row.stage, "file": row.file, "options": row.options or {}}
-
-
-def published_file(args, name):
-    """The results file that stands in --out, {} where there is none.
+def published_file(args, name, scale):
+    """(content of the results file that stands in --out, its `published_rows`), ({}, {}) of none.
 
     Raises UserError for a file that is no such thing: its numbers would be lost."""
     path = args.out / f"headline_{name}_{args.scale}.json"
     if not path.exists():
-        return {}
-    content = read_json(path) or {}
-    rows = content.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise run.UserError(f"{path} is no table of headline.py: mend it or move it away")
-    return content
+        return {}, {}
+    content = read_json(path)
+    try:
+        cells(content["rows"])
+        return content, published_rows(content, scale)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise run.UserError(f"{path} is no table of headline.py: mend it or move it away") from None
 
 
 def published_rows(content, scale):
-    """{(title, command, network, seed): (numbers, about)} of a published file's content.
+    """{(title, command, seed): (numbers, about, failure)} of a published file's content.
 
-    A number whose evaluation has another command today is left out."""
-    before = content.get("evaluations", {})
-    same = [
-        column
-        for column, path in scale.columns.items()
-        if before.get(feeds(path)) == scale.evaluations.get(feeds(path))
-    ]
+    A row of another network is left out, and so are numbers of another evaluation or place."""
+    rows = {row.title: row for row in scale.rows}
+    paths = {column: list(path) for column, path in scale.columns.items()}
+    before = content.get("paths", paths)
     found = {}
-    for row in content.get("rows", []):
-        for seed, numbers in row["seeds"].items():
-            key = row["row"], row["command"], str(row.get("network")), seed
-            kept = {column: numbers.get(column) for column in same}
-            found[key] = kept, row.get("trained", {}).get(seed, {})
+    for old in content["rows"]:
+        row, network = rows.get(old["row"]), old.get("network", {})
+        if row is None or (row.stage, row.file) != (network.get("stage"), network.get("file")):
+            continue
+        today = {name: evaluation_command(scale, row, name) for name in scale.evaluations}
+        then = {
+            name: f"{command} {network.get('options', {}).get(name, '')}".strip()
+            for name, command in content["evaluations"].items()
+        }
+        for seed in sorted({*old["seeds"], *old["failed"]}, key=int):
+            numbers, about = old["seeds"].get(seed, {}), old["trained"].get(seed, {})
+            kept = {
+                column: numbers.get(column)
+                for column, path in scale.columns.items()
+                if before.get(column) == paths[column]
+                and then.get(feeds(path)) == today.get(feeds(path))
+            }
+            sources = about.get("sources", {}).items()
+            about = about | {"sources": {k: v for k, v in sources if then[k] == today.get(k)}}
+            about = {key: value for key, value in about.items() if value}
+            found[old["row"], old["command"], seed] = kept, about, old["failed"].get(seed)
     return found
 
 
 def known(numbers):
-    return sum(value is not None for value in numbers.values())
+    """The columns that have a number."""
+    return {column for column, value in numbers.items() if value is not None}
 
 
 def collect(args, name, table, rows, seeds):
     """What the JSON file holds: the numbers of every row, column and seed, and the commands.
 
-    The results file in --out keeps its numbers of a row and seed while it knows more of them than
-    the trainings here. It keeps them too where its corruptions have another source. A failure here
-    takes none away, nor does a smaller number of seeds. So several machines may share a table."""
+    The results file in --out keeps its numbers of a row and seed until the trainings here know all
+    of them. It keeps them too where its corruptions have another source. A failure here takes none
+    away, nor does a smaller number of seeds. So several machines may share a table."""
     scale = table.scales[args.scale]
-    published = published_rows(published_file(args, name), scale)
+    before, published = published_file(args, name, scale)
     seeds = max([seeds, *(int(seed) + 1 for *_, seed in published)])
     found = []
     for row in rows:
         numbers, failures, trained = {}, {}, {}
-        command, network = f"python {command_of(scale, row.run)}", network_of(row)
+        command = f"python {command_of(scale, row.run)}"
         for seed in map(str, range(seeds)):
             values = numbers_of(args, scale, row, seed)
-            reason = failure(args, scale, row, seed)
-            old, about = published.get((row.title, command, str(network), seed), ({}, {}))
+            old, about, failed = published.get((row.title, command, seed), ({}, {}, None))
+            reason = failure(args, scale, row, seed) or (None if known(values) else failed)
             sources = sources_of(args, scale, row, seed)
-            before = about.get("sources", sources)
-            other = known(old) and any(before.get(k, v) != v for k, v in sources.items())
+            theirs = about.get("sources", {})
+            other = known(old) and any(theirs.get(k, v) != v for k, v in sources.items())
             if other:
-                print(
-                    f"warning: {row.title}, seed {seed}: the published numbers stay, for they are "
-                    f"of other images ({'; '.join(before.values())})", file=sys.stderr,
-                )  # fmt: skip
+                warn(
+                    f"{row.title}, seed {seed}: the published numbers stay, for they are of other "
+                    f"images ({'; '.join(theirs.values())})"
+                )
             if reason:
                 failures[seed] = reason
             if known(values) >= known(old) and not other:
@@ -187,18 +203,37 @@ def collect(args, name, table, rows, seeds):
                 values = {column: old.get(column) for column in scale.columns}
             if known(values):
                 numbers[seed], trained[seed] = values, about
+        network = {"stage": row.stage, "file": row.file, "options": row.options or {}}
         found.append(
             {
                 "row": row.title, "run": row.run, "command": command, "network": network,
                 "paper": row.paper or {}, "seeds": numbers, "failed": failures, "trained": trained,
             }
         )  # fmt: skip
+    lost = len(cells(before.get("rows", ())) - cells(found))
+    if lost:
+        warn(f"{name}: {lost} published numbers are left out, for their commands are other ones")
     return {
         "table": name, "title": table.title, "scale": args.scale, "size": scale.size,
         "paper": table.paper, "note": table.note, "dataset": scale.dataset,
         "columns": list(scale.columns), "chart": list(scale.chart), "curve": list(scale.curve),
+        "paths": {column: list(path) for column, path in scale.columns.items()},
         "evaluations": scale.evaluations, "versions": run.versions(), "rows": found,
     }  # fmt: skip
+
+
+def cells(rows):
+    """{(title, seed, column)} of the cells that have a number."""
+    return {
+        (row["row"], seed, column)
+        for row in rows
+        for seed, numbers in row["seeds"].items()
+        for column in known(numbers)
+    }
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def is_whole(scale, numbers):

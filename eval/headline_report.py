@@ -127,6 +127,8 @@ def draw_curves(content, path):
         up = content["curve"][1]
         title = f"{up.capitalize()}: mean over seeds, band from the least to the largest"
         run.line_chart(path, title, lines, log=True, across="epoch", up=up)
+    else:
+        path.unlink(missing_ok=True)
     return bool(lines)
 
 
@@ -177,7 +179,7 @@ def updated(text, folder):
             raise run.UserError(f"README.md: no {path.name} for the marker {match[2]}")
         try:
             body = markdown(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise run.UserError(f"{path} is no table of headline.py") from None
         if path.with_suffix(".svg").is_file():
             body += f"\n![{match[2]}]({match[2]}.svg)\n"

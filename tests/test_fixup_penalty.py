@@ -397,7 +397,8 @@ def test_tune_then_retrain_on_everything(tmp_path, monkeypatch):
     seeds = [run.load_checkpoint(tmp_path / "r" / f"none+logits-s{s}.pt")["args"] for s in (0, 1)]
     assert [options["seed"] for options in seeds] == [0, 1]
     chosen = {name: tuned[name] for name in ("lr", "penalty_weight")}
-    assert all(chosen.items() <= options.items() for options in seeds)  # what a table names
+    assert all(chosen.items() <= options.items() for options in seeds)
+    assert all(options["tuned"] == list(chosen) for options in seeds)
     used = run.load_checkpoint(tmp_path / "r" / "none+logits-s0.pt")
     assert used["optimizer"]["param_groups"][0]["lr_scale"] == 1.0
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,12 +218,146 @@ def test_published_numbers_outlive_other_questions(fake, tmp_path):
     assert all(v["clean"] is None for v in content["rows"][1]["seeds"].values())
     assert content["rows"][0]["seeds"]["0"]["clean"] > 0  # measured anew, by today's command
     file = tmp_path / "headline_fake_small.json"
-    for text in ("<<<<<<< HEAD", "[1]", "{}", '{"rows": [1]}'):
+    odd = ({"rows": [{}]}, {"rows": content["rows"], "evaluations": []}, {"rows": [1]}, [1], {})
+    seeds = {"x": {}}, {"0": [1]}, []
+    odd += tuple(content | {"rows": [content["rows"][0] | {"seeds": own}]} for own in seeds)
+    for text in ("<<<<<<< HEAD", *map(json.dumps, odd)):
         file.write_text(text)
         for argv in (line, ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]):
             with pytest.raises(run.UserError, match="is no table of headline"):
                 headline.main(headline.parse_args(argv))
         assert file.read_text() == text
+
+
+def table_of(monkeypatch, tmp_path, columns, rows, evaluations=None):
+    """Put another table in the place of `fake`, of the same training."""
+    runs = {"a": f"{tmp_path}/train.py --value 10"}
+    if evaluations is None:
+        evaluations = {name: f"{tmp_path}/evaluate.py {{network}}" for name in ("e", "f")}
+    scale = Scale("made up", "shapes", 1, 1, "a core", runs, evaluations, columns, rows)
+    monkeypatch.setattr(headline_tables, "TABLES", {"fake": Table("", "", {"small": scale})})
+
+
+COLUMNS = {"error": ("run", "error/{stage}"), "x": ("e", "clean", "error"),
+           "y": ("f", "clean", "error")}  # fmt: skip
+
+
+def test_published_numbers_give_way_to_a_whole_measurement_only(
+    fake, tmp_path, monkeypatch, capsys
+):
+    rows = (Row("A", "a", "net", options={"e": "--g 1"}),)
+    line = fake({"a": "--value 10"}, rows)
+    table_of(monkeypatch, tmp_path, COLUMNS, rows)
+    headline.main(headline.parse_args([*line, "--evaluations", "e"]))
+    (row,) = headline.main(
+        headline.parse_args([*line, "--runs", str(tmp_path / "b"), "--evaluations", "f"])
+    )["rows"]
+    assert row["seeds"]["0"]["x"] and row["seeds"]["0"]["y"] is None  # as many, but not the same
+
+    def numbers():
+        argv = [*line, "--runs", str(tmp_path / "c"), "--evaluations", "e"]
+        args = headline.parse_args(argv)
+        table = headline_tables.TABLES["fake"]
+        content = headline_numbers.collect(args, "fake", table, table.scales["small"].rows, 1)
+        return content["rows"][0]["seeds"].get("0", {})
+
+    assert numbers() == row["seeds"]["0"]
+    assert not capsys.readouterr().err
+    changed = (Row("A", "a", "net", options={"e": "--g 2"}),)  # of one evaluation
+    table_of(monkeypatch, tmp_path, COLUMNS, changed)
+    assert numbers() == {"error": 10.0, "x": None, "y": None}
+    assert "warning: fake: 1 published numbers are left out" in capsys.readouterr().err
+    table_of(monkeypatch, tmp_path, COLUMNS | {"x": ("e", "clean", "loss")}, rows)
+    assert numbers() == {"error": 10.0, "x": None, "y": None}  # another place
+    table_of(monkeypatch, tmp_path, COLUMNS, (Row("A", "a", "other"),))
+    assert numbers() == {}  # another network
+
+
+def test_a_changed_evaluation_may_have_another_source(fake, tmp_path, monkeypatch, capsys):
+    rows = (Row("A", "a", "net"),)
+    line = fake({"a": "--value 10"}, rows)
+    for folder, source in (("runs", "official"), ("other", "procedural")):
+        (tmp_path / folder / "small").mkdir(parents=True)
+        (tmp_path / folder / "small" / "source").write_text(source)
+    table_of(monkeypatch, tmp_path, COLUMNS, rows)
+    headline.main(headline.parse_args(line))
+    evaluations = {name: f"{tmp_path}/evaluate.py {{network}} --new 1" for name in ("e", "f")}
+    table_of(monkeypatch, tmp_path, COLUMNS, rows, evaluations)
+    (row,) = headline.main(headline.parse_args([*line, "--runs", str(tmp_path / "other")]))["rows"]
+    assert row["trained"]["0"]["sources"] == {"e": "procedural", "f": "procedural"}
+    assert row["seeds"]["0"]["x"] > 0 and "stay" not in capsys.readouterr().err
+
+
+def test_published_failures_stay(fake, tmp_path):
+    """Until the row is measured here, or its command is another one."""
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    line = fake({"a": "--value 10 --diverge 1", "b": "--value 1"}, rows)
+    headline.main(headline.parse_args(line))
+    third = [*line, "--runs", str(tmp_path / "third")]
+    content = headline.main(headline.parse_args([*third, "--rows", "B"]))
+    assert content["rows"][0]["failed"] == {"1": "diverged at step 16"}
+    line = fake({"a": "--value 10", "b": "--value 1"}, rows)
+    content = left_by(line)
+    assert "made by another command" in content["rows"][0]["failed"]["1"]
+    shutil.rmtree(tmp_path / "runs" / "small" / "a-s1")
+    args = headline.parse_args(line)
+    table = headline_tables.TABLES["fake"]
+    (first, _) = headline_numbers.collect(args, "fake", table, rows, 2)["rows"]
+    assert "diverged" not in str(first["failed"])
+
+
+@pytest.mark.parametrize("value", ['"x"', "NaN", "{}", "Infinity", "null"])
+def test_what_is_no_number_is_no_cell(value, fake, tmp_path):
+    line = [*fake({"a": "--value 10"}, (Row("a", "a", "net"),)), "--seeds", "1"]
+    headline.main(headline.parse_args(line))
+    (tmp_path / "headline_fake_small.json").unlink()
+    product = tmp_path / "runs" / "small" / "a-s0" / "last.files.json"
+    product.write_text(f'{{"checkpoints": [{{"clean": {{"error": {value}}}}}]}}')
+    (row,) = headline.main(headline.parse_args(line))["rows"]
+    assert row["seeds"]["0"] == {"error": 10.0, "clean": None}
+
+
+def test_what_another_command_finished_is_not_made_again(fake, tmp_path, monkeypatch):
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    line = [*fake({"a": "--value 10", "b": "--value 1"}, rows), "--seeds", "1"]
+    start = headline_jobs.start
+
+    def slow(job, args):
+        if job.key == "a-s0":  # another command trains b in the meantime
+            monkeypatch.setattr(headline_jobs, "start", start)
+            headline.main(headline.parse_args([*line, "--rows", "B"]))
+        return start(job, args)
+
+    monkeypatch.setattr(headline_jobs, "start", slow)
+    headline.main(headline.parse_args(line))
+    assert (tmp_path / "runs" / "small" / "b-s0" / "starts").read_text() == "x"
+
+
+def test_the_error_above_torchrun_s_lines_is_the_reason(fake, tmp_path):
+    line = fake({"a": "--value 1"}, (Row("a", "a", "net"),))
+    args = headline.parse_args(line)
+    job = headline_jobs.training(args, headline_tables.TABLES["fake"].scales["small"], "a", 0)
+    job.product.parent.mkdir(parents=True)
+    Path(f"{job.product}.log").write_text("old\nerror: no room\n=====\n  rank 0 failed\n=====\n")
+    assert headline_jobs.reason_of(job, 1, 4) == "no room"
+    assert headline_jobs.reason_of(job, 1, 20) == "====="
+
+
+@pytest.mark.parametrize("place", ["collect", "show"])
+def test_a_signal_while_the_table_is_written_waits(place, fake, tmp_path, monkeypatch, capsys):
+    line = fake({"a": "--value 1"}, (Row("a", "a", "net"),))
+    work = getattr(headline, place)
+
+    def signalled(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return work(*args)
+
+    monkeypatch.setattr(headline, place, signalled)
+    with pytest.raises(SystemExit, match=str(run.TRY_AGAIN)):
+        headline.main(headline.parse_args(line))
+    assert "SIGTERM: stopped; the same command goes on" in capsys.readouterr().err
+    for end in ("json", "md", "svg"):
+        assert (tmp_path / f"headline_fake_small.{end}").is_file()
 
 
 def test_corruptions_of_another_source_do_not_replace_published_ones(fake, tmp_path, capsys):
@@ -265,11 +400,11 @@ def test_states_count_what_is_whole(fake, tmp_path):
     assert state() == "2 of 4 rows x seeds, 2 failed"
     assert state("--seeds", "1") == "1 of 2 rows x seeds, 1 failed"
     elsewhere = ["--runs", str(tmp_path / "elsewhere")]
-    assert state(*elsewhere) == "2 of 4 rows x seeds"
+    assert state(*elsewhere) == "2 of 4 rows x seeds, 2 failed"
     content["rows"][0]["seeds"]["1"]["clean"] = None
     content["rows"][1]["seeds"] = {"0": {"error": 1.0, "clean": 1.0}}
     (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
-    assert state(*elsewhere) == "2 of 4 rows x seeds"
+    assert state(*elsewhere) == "2 of 4 rows x seeds, 1 failed"
     content["rows"][1]["command"] = "python another.py"
     (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
     assert state(*elsewhere) == "1 of 4 rows x seeds"
@@ -501,7 +636,8 @@ def test_dry_run_of_every_table(tmp_path, capsys, monkeypatch):
     """One seed is enough: seeds differ in a number alone."""
 
     def load(name, *args, **options):
-        raise run.UserError(f"{name}: not on this machine")
+        if name != "cifar10":
+            raise run.UserError(f"{name}: not on this machine")
 
     monkeypatch.setattr(data, "load", load)
     (tmp_path / "cifar10.npz").touch()

@@ -237,6 +237,16 @@ def test_table():
     assert text.split("\n")[2:] == ["a      1.00   x", "bb    22.25  yy"]
 
 
+def test_seeds_that_were_tuned_apart_are_one_method():
+    entries = [{"method": "m", "options": {"lr": lr, "norm": "bn", "tune": True, "tuned": ["lr"]}}
+               for lr in (0.1, 0.3)]  # fmt: skip
+    first, second = run.method_options(entries)
+    assert first == second == {"norm": "bn", "tune": True}
+    entries = [{"method": "m", "options": {"lr": lr, "norm": "bn"}} for lr in (0.1, 0.3)]
+    first, second = run.method_options(entries)
+    assert first != second
+
+
 def test_a_table_wider_than_the_terminal_comes_in_parts(monkeypatch):
     header = ["name", "first", "second", "third"]
     rows = [["a network", 1.0, 2.0, 3.0], ["another", 4.0, 5.0, 6.0]]

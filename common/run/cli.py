@@ -150,7 +150,13 @@ MOVED = {  # options of earlier versions: what to do now
 }
 # Options of a checkpoint that make no other method of it: networks that differ in these alone are
 # seeds of one row. Those of earlier versions are among them.
-NOT_OPTIONS = {*PLUMBING, "seed", "seeds", *(option[2:].replace("-", "_") for option in MOVED)}
+NOT_OPTIONS = {
+    *PLUMBING,
+    "seed",
+    "seeds",
+    "tuned",
+    *(option[2:].replace("-", "_") for option in MOVED),
+}
 METAVARS = {
     "int": "N",
     "float": "X",

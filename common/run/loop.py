@@ -189,8 +189,8 @@ class Loop:
 
     def _options(self):
         """The run's options, with the seed of this network, and what --tune chose for it."""
-        tuned = self.rundir.tuned.get(self.stage.removesuffix(f"-s{self.batches.seed}"), {})
-        return {"args": self.rundir.options | {"seed": self.batches.seed} | tuned}
+        own = self.rundir.tuned.get(self.stage.removesuffix(f"-s{self.batches.seed}"), {})
+        return {"args": self.rundir.options | {"seed": self.batches.seed} | own}
 
     def _told_to_stop(self):
         """Whether a signal came. The processes agree: all must stop after the same step."""

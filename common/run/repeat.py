@@ -82,7 +82,8 @@ def search(args, values, fit, rundir):
 
     fit(stage, options) trains one trial and returns its network and metrics. A trial that diverges
     counts as 100 %. An option that is 0 is off, and is not searched. log.jsonl gets every trial of
-    args.variant, and the choice. The checkpoints of the variant hold the choice as options."""
+    args.variant, and the choice. The checkpoints of the variant hold the choice as options, and
+    the names of these as "tuned"."""
     values = {key: row for key, row in values.items() if getattr(args, key)}
     trials = []
     for trial in itertools.product(*values.values()):
@@ -97,7 +98,7 @@ def search(args, values, fit, rundir):
         trials.append((error, chosen))
     error, chosen = min(trials, key=lambda trial: trial[0])
     rundir.log(event="tuned", variant=args.variant, val_error=error, **chosen)
-    rundir.tuned[args.variant] = chosen
+    rundir.tuned[args.variant] = {**chosen, "tuned": list(chosen)}
     print(f"{args.variant}: validation error {error:.2f} % with {chosen}")
     return changed(args, **chosen)
 

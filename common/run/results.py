@@ -304,15 +304,16 @@ def row_titles(options):
 
 
 def method_options(entries):
-    """The options of each network without NOT_OPTIONS, a list of dicts.
+    """The options of each network without NOT_OPTIONS and those that were tuned, a list of dicts.
 
     entries: networks with "options" and "method". An older checkpoint lacks the options that came
     later. It counts as having such a one off, as others of its method have it.
     """
-    every = [
-        {k: v for k, v in entry.get("options", {}).items() if k not in NOT_OPTIONS}
-        for entry in entries
-    ]
+    every = []
+    for entry in entries:
+        options = entry.get("options", {})
+        apart = NOT_OPTIONS.union(options.get("tuned") or ())  # seeds may have chosen differently
+        every.append({k: v for k, v in options.items() if k not in apart})
     for method in {entry.get("method") for entry in entries}:
         alike = [o for o, e in zip(every, entries, strict=True) if e.get("method") == method]
         for name in {name for own in alike for name in own}:

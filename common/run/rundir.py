@@ -74,7 +74,7 @@ class RunDir:
         self.dir = Path(args.out or default_name(args, self.method)).expanduser()
         hidden = ("resume", "overwrite", "differs")
         self.options = {k: v for k, v in vars(args).items() if k not in hidden}
-        self.tuned = {}  # {variant: {option: value}} that a search chose
+        self.tuned = {}  # {variant: {option: value}} that a search chose, "tuned" their names
         self.differs = dict(getattr(args, "differs", {}))
         self.resumed = bool(args.resume)
         if args.resume == "auto":
