@@ -371,6 +371,25 @@ def test_a_signal_ends_an_evaluation_in_order(tmp_path, name):
     assert (tmp_path / "tidied").exists()
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_nohup_protects(tmp_path, trains):
+    """A terminal that closes ends nothing that was started under nohup; other signals still do."""
+
+    def main(args):
+        rundir = run.RunDir(Args(out=str(tmp_path / "r")), __file__) if trains else None
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert rundir is None or rundir.signal is None
+        (tmp_path / "went on").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert in_a_child(main) == (run.TRY_AGAIN if trains else 128 + signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "went on").exists()
+
+
 @pytest.mark.parametrize("kind", [run.positive, run.nonnegative])
 def test_numbers_that_64_bits_do_not_hold(kind):
     assert kind(int)(str(2**63 - 1)) == 2**63 - 1 and kind(float)("1e30") == 1e30

@@ -17,7 +17,7 @@ from common.run.checkpoint import ROOT
 from common.run.device import LONG, environment_number, world
 from common.run.errors import UserError, out_of_memory
 from common.run.progress import Lasting
-from common.run.rundir import SIGNALS, read_options
+from common.run.rundir import answered, read_options
 
 # Options that say where and how a run is made, not what it is: they are no part of its name.
 PLUMBING = {
@@ -42,9 +42,9 @@ def cli(main, parse_args):
     args = argparse.Namespace()
     sys.stdout = Lasting(sys.stdout)
     sys.stderr = Lasting(sys.stderr)
-    for name in SIGNALS:
-        if name != "SIGINT":  # Python makes a KeyboardInterrupt of it
-            signal.signal(getattr(signal, name), leave)
+    for number in answered():
+        if number != signal.SIGINT:  # Python makes a KeyboardInterrupt of it
+            signal.signal(number, leave)
     try:
         own = environment_number("RANK", 0)
         if own:

@@ -60,6 +60,13 @@ class Nothing:
         return self
 
 
+def answered():
+    """The signals that a run answers by leaving in order. Under nohup SIGHUP stays ignored."""
+    numbers = [getattr(signal, name) for name in SIGNALS]
+    ignored = [n for n in numbers if signal.getsignal(n) is signal.SIG_IGN]
+    return [n for n in numbers if n not in ignored or n != getattr(signal, "SIGHUP", None)]
+
+
 class RunDir:
     """args: the script's options (needs out, overwrite, resume, seed, dataset, arch).
     script: the script's __file__; its name is the method's. last: the network whose checkpoint is
@@ -104,9 +111,8 @@ class RunDir:
         wait()
         self._began = time.perf_counter()
         self._handlers = {}
-        for name in SIGNALS:
+        for number in answered():
             with contextlib.suppress(ValueError):  # not the main thread: no signals here
-                number = getattr(signal, name)
                 self._handlers[number] = signal.signal(number, self._on_signal)
         epochs = [f"{args.epochs} epochs"] if getattr(args, "epochs", None) else []
         where = [precision.name, str(precision.device)] if precision else []
