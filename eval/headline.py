@@ -339,10 +339,11 @@ def main(args):
 
 @contextlib.contextmanager
 def held():
-    """Signals that would stop this command wait; gives the list of their names."""
+    """Signals that would stop this command wait; gives the list of their names. An ignored one,
+    as SIGHUP under nohup, stays ignored."""
     names = []
     old = {}
-    for number in NUMBERS:
+    for number in (n for n in NUMBERS if signal.getsignal(n) is not signal.SIG_IGN):
         old[number] = signal.signal(number, lambda n, _: names.append(signal.Signals(n).name))
     try:
         yield names

@@ -360,6 +360,22 @@ def test_a_signal_while_the_table_is_written_waits(place, fake, tmp_path, monkey
         assert (tmp_path / f"headline_fake_small.{end}").is_file()
 
 
+def test_a_signal_that_is_ignored_does_not_stop_the_table(fake, monkeypatch):
+    line = fake({"a": "--value 1"}, (Row("a", "a", "net"),))
+    show = headline.show
+
+    def signalled(*args):
+        signal.raise_signal(signal.SIGHUP)
+        show(*args)
+
+    monkeypatch.setattr(headline, "show", signalled)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+    try:
+        assert len(headline.main(headline.parse_args(line))["rows"][0]["seeds"]) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_corruptions_of_another_source_do_not_replace_published_ones(fake, tmp_path, capsys):
     rows = (Row("A", "a", "net"), Row("B", "b", "net"))
     line = fake({"a": "--value 10", "b": "--value 20"}, rows)
