@@ -33,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import corruptions, data, run
 from eval import headline_report, headline_tables
 from eval.headline_jobs import (
-    NUMBERS,
     Stopped,
     all_jobs,
     execute,
     finished,
+    held,
+    in_the_way,
     launched,
     made_by_another,
     trained_on,
@@ -104,11 +105,17 @@ def refused(args):
     chosen = {"--rows": args.rows, "--evaluations": args.evaluations,
               "--checkpoints": args.checkpoints, "--jobs": args.jobs > 1}  # fmt: skip
     wrong = {f"{name}: of which table?": args.table is None and on for name, on in chosen.items()}
+    working = {"--seeds": args.seeds, "--evaluations": args.evaluations, "--jobs": args.jobs > 1,
+               "--gpus": args.gpus > 1}  # fmt: skip
+    idle = " and ".join(name for name, on in working.items() if on)
     only = [name for name in ("readme", "checkpoints", "dry_run") if getattr(args, name)]
     several = " and ".join(f"--{name.replace('_', '-')}" for name in only)
     return wrong | {
         f"{several}: one at a time": len(only) > 1,
         "--readme writes all tables: leave the name out": args.readme and args.table is not None,
+        f"--checkpoints writes networks of seed 0 and runs nothing: leave {idle} out": bool(
+            args.checkpoints and idle
+        ),
         "--out and --runs: a folder each": "" in (args.out, args.runs),
     }
 
@@ -143,6 +150,8 @@ def dry_run(jobs, scale, args):
         check(job)
         _, *words = launched(job, args)
         print(f"python {shlex.join(words)}")
+        if in_the_way(job):
+            print(f"  would fail: {in_the_way(job)}")
     print(f"{len(todo)} of {len(jobs)} commands are missing; their options are known")
     print(f"data set {scale.dataset}: {missing_data(scale.dataset, args.data_dir) or 'there'}")
     for line in images_of_evaluations(scale, args.data_dir):
@@ -335,21 +344,6 @@ def main(args):
         logs = args.runs / args.scale / "*.log"
         raise run.UserError(f"{len(failed)} of {len(jobs)} commands failed; see {logs}")
     return content
-
-
-@contextlib.contextmanager
-def held():
-    """Signals that would stop this command wait; gives the list of their names. An ignored one,
-    as SIGHUP under nohup, stays ignored."""
-    names = []
-    old = {}
-    for number in (n for n in NUMBERS if signal.getsignal(n) is not signal.SIG_IGN):
-        old[number] = signal.signal(number, lambda n, _: names.append(signal.Signals(n).name))
-    try:
-        yield names
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def show(content, args):

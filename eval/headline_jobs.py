@@ -254,6 +254,11 @@ def obstacle(job, failed):
     broken = next((need for need in job.needs if need in failed), None)
     if broken:
         return f"needs {broken}, which failed"
+    return in_the_way(job)
+
+
+def in_the_way(job):
+    """What another command made in a job's place, in words, or None."""
     if job.product.exists() and made_by_another(job.product, job.command):
         return f"{job.product} was made by another command: move it away"
     return None
@@ -265,6 +270,21 @@ def lost_network(job):
     if network and not network.exists():
         return f"no {network}, though its training ended: move its folder away to train it again"
     return None
+
+
+@contextlib.contextmanager
+def held():
+    """Signals that would stop this command wait; gives the list of their names. An ignored one,
+    as SIGHUP under nohup, stays ignored."""
+    names = []
+    old = {}
+    for number in (n for n in NUMBERS if signal.getsignal(n) is not signal.SIG_IGN):
+        old[number] = signal.signal(number, lambda n, _: names.append(signal.Signals(n).name))
+    try:
+        yield names
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class Stopped(Exception):
@@ -291,7 +311,10 @@ def execute(jobs, args):
                     del todo[key]
                     clock = run.clock(time.monotonic() - began)
                     print(f"{clock}  {total - len(todo)} of {total}  {key}", flush=True)
-                    running[key] = job, *start(job, args)
+                    with held() as signals:  # a process that nobody knows would not be stopped
+                        running[key] = job, *start(job, args)
+                    if signals:
+                        raise Stopped(f"{signals[0]}: stopped")
             for key, (job, process, begins) in list(running.items()):
                 status = process.poll()
                 if status is None:

@@ -360,6 +360,23 @@ def test_a_signal_while_the_table_is_written_waits(place, fake, tmp_path, monkey
         assert (tmp_path / f"headline_fake_small.{end}").is_file()
 
 
+def test_a_signal_while_a_job_starts_leaves_no_process_behind(fake, monkeypatch, capsys):
+    line = fake({"a": "--wait yes"}, (Row("a", "a", "net"),))
+    started, start = [], subprocess.Popen
+
+    def signalled(*words, **options):
+        started.append(start(*words, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    with pytest.raises(SystemExit, match=str(run.TRY_AGAIN)):
+        headline.main(headline.parse_args(line))
+    (process,) = started
+    assert process.returncode == -signal.SIGTERM
+    assert "SIGTERM: stopped; the same command goes on" in capsys.readouterr().err
+
+
 def test_a_signal_that_is_ignored_does_not_stop_the_table(fake, monkeypatch):
     line = fake({"a": "--value 1"}, (Row("a", "a", "net"),))
     show = headline.show
@@ -682,6 +699,16 @@ def test_a_dry_run_prints_what_would_be_started(fake, capsys):
     assert words[6:] == job.words
 
 
+def test_a_dry_run_names_what_another_command_made(fake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(headline, "check", lambda job: None)  # the made-up scripts have no parser
+    headline.main(headline.parse_args(fake({"a": "--value 1"}, (Row("a", "a", "net"),))))
+    line = fake({"a": "--value 2"}, (Row("a", "a", "net"),))
+    capsys.readouterr()
+    headline.main(headline.parse_args([*line, "--dry-run"]))
+    folder = tmp_path / "runs" / "small" / "a-s0"
+    assert f"would fail: {folder} was made by another command" in capsys.readouterr().out
+
+
 RESULTS = run.ROOT / "eval" / "results"
 
 
@@ -727,6 +754,15 @@ def test_names_that_are_not_there(line, message, tmp_path):
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [["--seeds", "2"], ["--evaluations", "linf"], ["--jobs", "2"], ["--gpus", "2"]]
+)
+def test_checkpoints_refuse_options_that_would_do_nothing(option):
+    with pytest.raises(run.UserError, match=f"runs nothing: leave {option[0]} out"):
+        headline.parse_args(["question", "--checkpoints", *option])
+
 
 CHECKPOINTS = sorted((RESULTS / "checkpoints").glob("*.pt"))
 
