@@ -17,6 +17,7 @@ import torch
 
 from common import data, models, run
 from common.run import UserError
+from common.run.progress import Rows, shown
 
 
 class Args:
@@ -539,3 +540,34 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(monkeypatch, capsys, op
     text = capsys.readouterr().err
     assert text.startswith("error: out of memory") and text.endswith(line + "\n")
     assert text.count("\n") == 1
+
+
+def test_rows_of_a_training_stand_in_columns():
+    """Headings stand above a new network and a new number; a cell without a number is empty."""
+    rows = Rows()
+    first = {**shown({"loss": 2.25, "accuracy": 9.0, "images_per_s": 812.4}, 1, 16), "eta": "0:10"}
+    text = rows.text("a", first)
+    text += "\n" + rows.text("a", {"epoch": "10.0/16", "error": "88.85", "eta": "0:09"})
+    text += "\n" + rows.text("a", first) + "\n" + rows.text("ab", first)
+    assert text.splitlines() == [
+        "network    epoch   loss  train %  img/s    eta",
+        "a         1.0/16  2.250      9.0    812   0:10",
+        "network    epoch   loss  train %  img/s  error    eta",
+        "a        10.0/16                         88.85   0:09",
+        "a         1.0/16  2.250      9.0    812          0:10",
+        "network    epoch   loss  train %  img/s  error    eta",
+        "ab        1.0/16  2.250      9.0    812          0:10",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("network", "metrics"),
+    [("baseline", ("error", "probe_error")),
+     ("dual-bn", ("error", "pgd_error", "least_pgd_error")),
+     ("fixup+penalty", ("error", "train_accuracy", "final_layer"))],
+)  # fmt: skip
+def test_rows_fit_the_usual_window(network, metrics):
+    means = {"loss": 2.25, "accuracy": 100.0, "images_per_s": 12345}
+    numbers = shown(means, 8, 16) | dict.fromkeys(metrics, "100.00") | {"eta": "0:00:00"}
+    assert max(map(len, Rows().text(network, numbers, 80).splitlines())) <= 80
+    assert "img/s" in Rows().text(network, numbers)  # of a file

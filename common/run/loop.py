@@ -21,9 +21,9 @@ from common.run.checkpoint import load_checkpoint
 from common.run.clipping import clip_gradients
 from common.run.device import compiled, rank, seed_key, spread, summed, wants_compiled, world
 from common.run.errors import Diverged
+from common.run.progress import shown
 from common.run.steps import Means, Saving, Watch
 
-SHOWN = {"loss": "loss {:.3f}", "accuracy": "train {:.1f} %", "images_per_s": "{:.0f} img/s"}
 ASK_EVERY = 10  # steps between the checks whether any process got a signal
 
 
@@ -129,7 +129,7 @@ class Loop:
             self.check()  # sync point
             self.means = self._means.take()
             self.rundir.scalars(self.stage, self.done, {**self.means, "lr": self._lr})
-        self.rundir.moving(self.stage, self.done, self._text())
+        self.rundir.moving(self.stage, self.done, self._numbers())
 
     def report(self, **metrics):
         """Numbers of an evaluation: TensorBoard, log.jsonl and the checkpoint get them."""
@@ -152,17 +152,16 @@ class Loop:
 
     # --- after the step -------------------------------------------------------------------------
 
-    def _text(self):
-        text = f"epoch {self.done / self.per_epoch:.1f}/{round(self.total / self.per_epoch, 1):g}"
-        return "  ".join([text, *(SHOWN[k].format(v) for k, v in self.means.items() if k in SHOWN)])
+    def _numbers(self):
+        return shown(self.means, self.done / self.per_epoch, self.total / self.per_epoch)
 
     def _after(self):
         if self._fresh or self.ends_epoch or self.done == self.total:
             row = {"stage": self.stage, "epoch": self.done // self.per_epoch, "step": self.done}
             self.rundir.log(**row, **self.means, eval=self._fresh)
-            shown = "".join(f"  {k} {v:.2f}" for k, v in self._fresh.items() if v is not None)
-            if shown or self.eval_every >= self.per_epoch:
-                self.rundir.line(self.stage, self.done, self._text() + shown)
+            fresh = {k: f"{v:.2f}" for k, v in self._fresh.items() if v is not None}
+            if fresh or self.eval_every >= self.per_epoch:
+                self.rundir.row(self.stage, self.done, {**self._numbers(), **fresh})
             self._fresh = {}
         self._save()
 

@@ -1,4 +1,4 @@
-"""What a run prints while it trains: a moving line on a terminal, and lines that stay."""
+"""What a run prints while it trains: a moving line on a terminal, and rows that stay."""
 
 import contextlib
 import os
@@ -77,6 +77,53 @@ class Progress:
             self._open = False
 
 
+def window():
+    """Characters in a line of the terminal that stdout goes to; None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+SHOWN = {"loss": ("loss", ".3f"), "accuracy": ("train %", ".1f"), "images_per_s": ("img/s", ".0f")}
+
+
+def shown(means, epoch, epochs):
+    """{heading: text} of a step: its epoch, and those means over the last steps that are shown."""
+    longest = f"{epochs:.1f}/{round(epochs, 1):g}"
+    text = f"{epoch:.1f}/{round(epochs, 1):g}".rjust(len(longest))
+    means = {SHOWN[k][0]: format(v, SHOWN[k][1]) for k, v in means.items() if k in SHOWN}
+    return {"epoch": text, **means}
+
+
+class Rows:
+    """The rows of a growing table. Its headings stand again above a new network or column."""
+
+    SPARE = ("img/s", "train_accuracy")  # the moving line and `train %` have them too
+    LEAST = 5  # characters of a column, so that rows stay in line as numbers grow
+
+    def __init__(self):
+        self._network = None
+        self._widths = {}
+
+    def text(self, network, numbers, width=None):
+        """What to print for {heading: text}, whose last heading stays last. Where a window of
+        `width` characters is too narrow for all, the spare columns are left out."""
+        *others, last = numbers
+        names = dict.fromkeys([*(k for k in self._widths if k != last), *others, last])
+        new = network != self._network or names.keys() != self._widths.keys()
+        cells = {k: max(self.LEAST, len(k), len(numbers.get(k, ""))) for k in names}
+        self._network = network
+        self._widths = {k: max(own, self._widths.get(k, 0)) for k, own in cells.items()}
+        first = max(len("network"), len(network))
+        columns = dict(self._widths)
+        for name in self.SPARE:
+            if width and first + sum(2 + own for own in columns.values()) > width:
+                columns.pop(name, None)
+        rows = [("network", {k: k for k in columns})] if new else []
+        return "\n".join(
+            name.ljust(first) + "".join(f"  {own.get(k, ''):>{w}}" for k, w in columns.items())
+            for name, own in [*rows, (network, numbers)]
+        )
+
+
 class Remaining:
     """Seconds that a job still takes, from the epochs of its stages and the speed of this one.
 
@@ -108,7 +155,7 @@ class Remaining:
     def text(self, done):
         first, began = self._first
         if done <= first:
-            return ""
+            return "-"
         later = sum(epochs for stage, epochs in self.plan.items() if stage != self._stage)
         steps = self._total - done + later * self._per_epoch
-        return f"  eta {clock((time.monotonic() - began) / (done - first) * steps)}"
+        return clock((time.monotonic() - began) / (done - first) * steps)

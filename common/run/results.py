@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch
 from common.run.checkpoint import versions
 from common.run.cli import NOT_OPTIONS
 from common.run.errors import UserError
+from common.run.progress import window
 
 # Options that name a row best, in this order, and those whose value needs no name before it.
 TELLING = (
@@ -218,11 +218,6 @@ def table(rows, header, floats=".2f", width=None):
         lines.insert(1, "-" * len(lines[0]))
         texts.append("\n".join(lines))
     return "\n\n".join(texts)
-
-
-def window():
-    """Characters in a line of the terminal that stdout goes to; None for a file or a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def add_table_arguments(parser):

@@ -35,7 +35,7 @@ from common.run.device import (
 )
 from common.run.errors import Diverged, UserError
 from common.run.pictures import show_batch
-from common.run.progress import Progress, Remaining
+from common.run.progress import Progress, Remaining, Rows, window
 
 SIGNALS = [s for s in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, s)]
 TRY_AGAIN = 75  # exit status of a run that was told to stop (EX_TEMPFAIL)
@@ -89,6 +89,7 @@ class RunDir:
         self.signal = None
         self.training = False
         self.progress = Progress()
+        self.rows = Rows()
         self.remaining = Remaining()
         self._writers = {}
         self._steps = {}
@@ -234,11 +235,15 @@ class RunDir:
             for age in range(1, KEEP):
                 older(self.dir / self.file(stage), age).unlink(missing_ok=True)
 
-    def moving(self, stage, done, text):
-        self.progress.moving(f"{stage}  {text}{self.remaining.text(done)}")
+    def moving(self, stage, done, numbers):
+        """Show {heading: text} of a network's step for a moment."""
+        words = [f"{name} {text}" for name, text in numbers.items()]
+        self.progress.moving("  ".join([stage, *words, f"eta {self.remaining.text(done)}"]))
 
-    def line(self, stage, done, text):
-        self.progress.line(f"{stage}  {text}{self.remaining.text(done)}")
+    def row(self, stage, done, numbers):
+        """Print {heading: text} of a network's step, and the time that is left."""
+        numbers = {**numbers, "eta": self.remaining.text(done)}
+        self.progress.line(self.rows.text(stage, numbers, window()))
 
     def close(self, final):
         """Record the final numbers {"<name>/<stage>": value} and close the files."""
