@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from common import corruptions, data, models, run
+from common.run.plot import GREY
 from eval import corruptions as corruptions_table
 from eval import (
     figures,
@@ -888,6 +889,16 @@ def test_rings_and_joined_points(tmp_path):
     for words in (">dual, gamma 0<", ">1<", ">2<", ">bn<"):
         assert words in text
     assert text.count('x="520"') == 1  # the legend holds the network that is not joined
+
+
+def test_no_name_of_the_legend_has_the_grey_of_joined_points(tmp_path):
+    points = {str(i): (i, 0, i, 0) for i in range(8)}
+    for joined, names in (({"7": "gamma"}, 7), (None, 8)):
+        run.scatter_chart(tmp_path / "x.svg", "T", points, "x", "y", joined=joined)
+        text = (tmp_path / "x.svg").read_text()
+        colours = re.findall(r'style="fill:(#\w+)"', text)
+        assert len(set(colours)) == len(colours) == names
+        assert (GREY in colours) is (joined is None) and f'fill="{GREY}"' in text
 
 
 def test_a_curve_over_epochs_is_drawn_and_published(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from common.run.plot import COLOURS, ticks
+from common.run.plot import COLOURS, GREY, ticks
 
 STYLE = (
     "<style>text{fill:#222;font-family:sans-serif}"
@@ -86,6 +86,7 @@ def scatter_chart(path, title, points, across, up, after=None, joined=None):
     after = after or {}
     joined = joined or {}
     legend = [label for label in points if label not in joined]
+    colours = [colour for colour in COLOURS if not (joined and colour == GREY)]
     every = [*points.values(), *after.values()]
     x_low, x_high = _widened([x + s * sd for x, sd, _, _ in every for s in (-1, 1)])
     y_low, y_high = _widened([y + s * sd for _, _, y, sd in every for s in (-1, 1)])
@@ -107,9 +108,9 @@ def scatter_chart(path, title, points, across, up, after=None, joined=None):
         parts.append(f"<text {place}>{x:g}</text>")
     if joined:
         path_d = line(at(points[label][0], points[label][2]) for label in joined)
-        parts.append(f'<path d="{path_d}" fill="none" stroke="#888" stroke-width="1.4"/>')
+        parts.append(f'<path d="{path_d}" fill="none" stroke="{GREY}" stroke-width="1.4"/>')
     for label in points:
-        colour = COLOURS[legend.index(label) % len(COLOURS)] if label in legend else "#888"
+        colour = colours[legend.index(label) % len(colours)] if label in legend else GREY
         both = [points[label], *([after[label]] if label in after else [])]
         if len(both) > 1:
             ends = line(at(x, y) for x, _, y, _ in both)
@@ -127,7 +128,7 @@ def scatter_chart(path, title, points, across, up, after=None, joined=None):
         parts.append(f'<text x="{px + 8:.1f}" y="{py - 4:.1f}">{html.escape(text)}</text>')
     for i, label in enumerate(legend):
         place = f'x="{left + width + 8}" y="{top + 14 + 16 * i}"'
-        colour = COLOURS[i % len(COLOURS)]
+        colour = colours[i % len(colours)]
         parts.append(f'<text {place} style="fill:{colour}">{html.escape(label)}</text>')
     if any(x_sd or y_sd for _, x_sd, _, y_sd in every):
         across += "; bars: standard deviation over seeds (no bar: one seed)"

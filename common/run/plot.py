@@ -8,7 +8,8 @@ import itertools
 import math
 from pathlib import Path
 
-COLOURS = ("#2f7fd0", "#d9534f", "#2ca05a", "#a071c8", "#c98a00", "#808890", "#00a3a3", "#e0699f",
+GREY = "#808890"
+COLOURS = ("#2f7fd0", "#d9534f", "#2ca05a", "#a071c8", "#c98a00", GREY, "#00a3a3", "#e0699f",
            "#8a6d3b", "#5b6dcd", "#7fa02a", "#f06a1d")  # fmt: skip
 STYLE = """<style>
 text { font: 12px sans-serif; fill: #222 } .axis { stroke: #666 } .grid { stroke: #ddd }
