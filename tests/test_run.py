@@ -331,6 +331,7 @@ def in_a_child(main, stdout=1, stderr=2):
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         run.cli(main, lambda: argparse.Namespace())
         status = 0
     except SystemExit as end:
