@@ -321,8 +321,9 @@ def test_a_file_system_that_refuses_is_one_line(capsys, tmp_path):
     assert end.value.code == 2 and re.fullmatch("error: .*xx: .*\n", capsys.readouterr().err)
 
 
-def in_a_child(main, stdout=1, stderr=2):
-    """The exit status of `run.cli(main)` in a child with these files for its output."""
+def in_a_child(main, stdout=1, stderr=2, hangup=signal.SIG_DFL):
+    """The exit status of `run.cli(main)` in a child with these files for its output. hangup: what
+    SIGHUP does to it; under nohup it is ignored."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -331,7 +332,7 @@ def in_a_child(main, stdout=1, stderr=2):
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        signal.signal(signal.SIGHUP, hangup)
         run.cli(main, lambda: argparse.Namespace())
         status = 0
     except SystemExit as end:
@@ -384,11 +385,8 @@ def test_nohup_protects(tmp_path, trains):
         (tmp_path / "went on").touch()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert in_a_child(main) == (run.TRY_AGAIN if trains else 128 + signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    expected = run.TRY_AGAIN if trains else 128 + signal.SIGTERM
+    assert in_a_child(main, hangup=signal.SIG_IGN) == expected
     assert (tmp_path / "went on").exists()
 
 
