@@ -5,6 +5,7 @@
     python eval/headline.py question --dry-run               # the commands of a table
     python eval/headline.py question --jobs 2                # what is missing, then the table
     python eval/headline.py question --seeds 1 --rows BatchNorm,CT
+    python eval/headline.py fixup-penalty --unpublished      # rows and seeds that nobody has run
 
 A table is data: eval/headline_tables.py holds the commands, and says where each number stands.
 Trainings lie in <runs>/<scale>/<name>-s<seed>, and tables share them. A stopped command goes on
@@ -44,7 +45,7 @@ from eval.headline_jobs import (
     trained_on,
     training,
 )
-from eval.headline_numbers import collect, is_whole, published_file
+from eval.headline_numbers import collect, is_whole, published_file, unpublished
 
 
 def parse_args(argv=None):
@@ -77,6 +78,10 @@ def parse_args(argv=None):
         help="only these evaluations, by name (default: all)",
     )  # fmt: skip
     parser.add_argument(
+        "--unpublished", action="store_true",
+        help="only the rows and seeds that the results file in --out does not hold whole",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpus", type=run.positive(int), default=1,
         help="processes of a training; above 1 torchrun starts them",
     )  # fmt: skip
@@ -103,10 +108,11 @@ def parse_args(argv=None):
 def refused(args):
     """{message: whether it holds} of options that would do nothing."""
     chosen = {"--rows": args.rows, "--evaluations": args.evaluations,
-              "--checkpoints": args.checkpoints, "--jobs": args.jobs > 1}  # fmt: skip
+              "--checkpoints": args.checkpoints, "--unpublished": args.unpublished,
+              "--jobs": args.jobs > 1}  # fmt: skip
     wrong = {f"{name}: of which table?": args.table is None and on for name, on in chosen.items()}
     working = {"--seeds": args.seeds, "--evaluations": args.evaluations, "--jobs": args.jobs > 1,
-               "--gpus": args.gpus > 1}  # fmt: skip
+               "--unpublished": args.unpublished, "--gpus": args.gpus > 1}  # fmt: skip
     idle = " and ".join(name for name, on in working.items() if on)
     only = [name for name in ("readme", "checkpoints", "dry_run") if getattr(args, name)]
     several = " and ".join(f"--{name.replace('_', '-')}" for name in only)
@@ -285,7 +291,8 @@ def list_tables(args):
     for name, table in headline_tables.TABLES.items():
         words = f"{name}: {table.title} ({table.paper})"
         print(textwrap.fill(words, 79, subsequent_indent="  ", break_on_hyphens=False))
-    print("\npython eval/headline.py TABLE runs what is missing and prints the table.")
+    print("\npython eval/headline.py TABLE runs what has not run here, and prints the table.")
+    print("With --unpublished it runs only what is not published.")
     return rows
 
 
@@ -322,7 +329,10 @@ def main(args):
     rows, seeds = chosen_rows(args, scale), args.seeds or scale.seeds
     if args.checkpoints:
         return write_checkpoints(args, rows)
-    jobs = all_jobs(args, scale, rows, range(seeds))
+    jobs = {}
+    for seed in range(seeds):
+        left = unpublished(args, args.table, scale, rows, seed) if args.unpublished else rows
+        jobs |= all_jobs(args, scale, left, [seed])
     if args.dry_run:
         return dry_run(jobs, scale, args)
     published_file(args, args.table, scale)  # tried before there is work to lose, as the folders

@@ -163,6 +163,17 @@ def published_rows(content, scale):
     return found
 
 
+def unpublished(args, name, scale, rows, seed):
+    """The rows whose numbers of a seed the results file in --out does not hold whole."""
+    _, published = published_file(args, name, scale)
+
+    def numbers(row):
+        key = row.title, f"python {command_of(scale, row.run)}", str(seed)
+        return published.get(key, ({},))[0]
+
+    return [row for row in rows if not is_whole(scale, numbers(row))]
+
+
 def known(numbers):
     """The columns that have a number."""
     return {column for column, value in numbers.items() if value is not None}

@@ -736,6 +736,35 @@ def test_readme_is_brought_up_to_date(fake, tmp_path):
         headline_report.updated(text.replace("fake", "other"), tmp_path)
 
 
+def test_unpublished_runs_only_what_the_results_file_lacks(fake, tmp_path, monkeypatch, capsys):
+    """On another machine: a seed that nobody ran, a row that lost a number, one of before."""
+    monkeypatch.setattr(headline, "check", lambda job: None)  # the made-up scripts have no parser
+    rows = (Row("A", "a", "net"), Row("B", "b", "net"))
+    line = fake({"a": "--value 10", "b": "--value 20"}, rows)
+    headline.main(headline.parse_args([*line, "--seeds", "1"]))
+    line += ["--unpublished", "--runs", str(tmp_path / "elsewhere")]
+
+    def started():
+        return sorted(f.parent.name for f in (tmp_path / "elsewhere").rglob("starts"))
+
+    headline.main(headline.parse_args([*line, "--seeds", "1"]))
+    assert started() == []
+    content = headline.main(headline.parse_args([*line, "--rows", "B"]))
+    assert started() == ["b-s1"]
+    assert [list(row["seeds"]) for row in content["rows"]] == [["0"], ["0", "1"]]
+    content["rows"][0]["seeds"]["0"]["clean"] = None
+    content["rows"][1]["command"] += " --of-before"
+    (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    headline.main(headline.parse_args([*line, "--dry-run"]))
+    printed = re.findall(r"/(\w-s\d) --resume", capsys.readouterr().out)
+    assert printed == ["a-s0", "b-s0", "a-s1"]  # b-s1 was trained here
+    content = headline.main(headline.parse_args(line))
+    assert started() == ["a-s0", "a-s1", "b-s0", "b-s1"]
+    errors = [[v["error"] for v in row["seeds"].values()] for row in content["rows"]]
+    assert errors == [[10.0, 11.0], [20.0, 21.0]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -745,6 +774,7 @@ def test_readme_is_brought_up_to_date(fake, tmp_path):
         (["ct-vlcs", "--scale", "full", "--evaluations", "x"], "ct-vlcs has none, for its numb"),
         (["ct-vlcs"], "has no small scale: give --scale full"),
         (["--rows", "BatchNorm"], "--rows: of which table?"),
+        (["--unpublished"], "--unpublished: of which table?"),
         (["--checkpoints"], "--checkpoints: of which table?"),
         (["question", "--checkpoints", "--dry-run"], "--checkpoints and --dry-run: one at a time"),
     ],
@@ -758,7 +788,14 @@ def test_names_that_are_not_there(line, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [["--seeds", "2"], ["--evaluations", "linf"], ["--jobs", "2"], ["--gpus", "2"]]
+    "option",
+    [
+        ["--seeds", "2"],
+        ["--evaluations", "linf"],
+        ["--jobs", "2"],
+        ["--gpus", "2"],
+        ["--unpublished"],
+    ],
 )
 def test_checkpoints_refuse_options_that_would_do_nothing(option):
     with pytest.raises(run.UserError, match=f"runs nothing: leave {option[0]} out"):
