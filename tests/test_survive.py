@@ -481,6 +481,17 @@ def test_minutes_and_epochs(tmp_path, monkeypatch):
     assert saved == [3, 6, 9, 9, 5, 9]
 
 
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("0.5", [2, 3, 4, 6, 8, 9]), ("0.8", [2, 5, 7, 9]), ("2", [6, 9]), ("0.01", [*range(1, 10)])],
+)
+def test_evaluations_stand_at_parts_of_an_epoch(every, steps, tmp_path):
+    """At the step nearest to each multiple of --eval-every, of 3 steps an epoch, and at the end."""
+    train_ct(tmp_path, "--eval-every", every)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "error" in line.get("eval", ())] == steps
+
+
 def test_slow_checkpoints_are_fewer(tmp_path, monkeypatch):
     """A checkpoint that takes a second is written 50 seconds later at the earliest, and at the
     end; with --save-every 1 after every epoch all the same."""

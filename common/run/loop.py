@@ -50,7 +50,7 @@ class Loop:
         self.per_epoch = batches.per_epoch
         self.total = steps or epochs * batches.per_epoch
         options = rundir.options
-        self.eval_every = max(1, round(options["eval_every"] * (1 if steps else self.per_epoch)))
+        self.eval_every = max(1, options["eval_every"] * (1 if steps else self.per_epoch))
         self.log_every = options["log_every"]
         self._saving = Saving(options, self.per_epoch)
         state = rundir.restore(stage, model, optimizer, precision.scaler)
@@ -95,7 +95,8 @@ class Loop:
 
     @property
     def evaluates(self):
-        return self.done % self.eval_every == 0 or self.done == self.total
+        nearest = round(round(self.done / self.eval_every) * self.eval_every)
+        return self.done in (nearest, self.total)
 
     @property
     def logs(self):
