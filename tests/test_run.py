@@ -563,7 +563,8 @@ def test_rows_of_a_training_stand_in_columns():
     ("network", "metrics"),
     [("baseline", ("error", "probe_error")),
      ("dual-bn", ("error", "pgd_error", "least_pgd_error")),
-     ("fixup+penalty", ("error", "train_accuracy", "final_layer"))],
+     ("fixup+penalty", ("error", "train_accuracy", "final_layer")),
+     ("tune-fixup+penalty-0.03-0.0001", ("error", "train_accuracy", "final_layer"))],
 )  # fmt: skip
 def test_rows_fit_the_usual_window(network, metrics):
     means = {"loss": 2.25, "accuracy": 100.0, "images_per_s": 12345}

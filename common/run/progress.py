@@ -96,7 +96,7 @@ def shown(means, epoch, epochs):
 class Rows:
     """The rows of a growing table. Its headings stand again above a new network or column."""
 
-    SPARE = ("img/s", "train_accuracy")  # the moving line and `train %` have them too
+    SPARE = ("img/s", "train_accuracy", "eta")  # the moving line and `train %` have them too
     LEAST = 5  # characters of a column, so that rows stay in line as numbers grow
 
     def __init__(self):
