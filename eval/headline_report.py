@@ -57,7 +57,7 @@ def caption(content):
     text = f"{content['dataset']}, {content['scale']} scale: {content['size']}. Mean +- standard "
     text += "deviation over n seeds; a number without it is of one seed."
     shown = any(row["paper"] for row in content["rows"])
-    paper = content["paper"] and f"{'Paper' if shown else 'To compare'}: {content['paper']}."
+    paper = shown and content["paper"] and f"Paper: {content['paper']}."
     for extra in (content["note"], images_of(content), trained_on(content), paper):
         text += f" {extra}" if extra else ""
     absent = [row["row"] for row in content["rows"] if not_begun(row)]
@@ -77,7 +77,7 @@ def trained_on(content):
     counts = Counter(devices.values())
     if set(counts) <= {"cpu", "not recorded"}:
         return ""
-    return f"Trained on: {', '.join(f'{name} ({n})' for name, n in sorted(counts.items()))}."
+    return f"Trainings: {', '.join(f'{name} ({n})' for name, n in sorted(counts.items()))}."
 
 
 def images_of(content):

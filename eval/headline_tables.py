@@ -103,8 +103,8 @@ QUESTION_COLUMNS = {
 }
 QUESTION_SIZE = (
     "WRN-16-1, 20 epochs, last epoch; clean: 10,000 test images; corruptions and ECE: 2,000; "
-    "adapted: BatchNorm's statistics estimated on 200 of each corruption and severity; attacks "
-    "(APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01"
+    "adapted: BatchNorm's statistics of 200 of each corruption and severity, mixed with the "
+    "training's, which count as 16; attacks (APGD-CE, then APGD-T): 300; LIGS: 500, noise 0.01"
 )
 QUESTION = Table(
     "What does BatchNorm do to robustness?",
@@ -430,7 +430,8 @@ FIXUP_SOURCE = (
     "ICLR 2021, Deconstructing the Regularization of BatchNorm; its tables were not available"
 )
 FIXUP_NOTE = (
-    "The claim compares fixup+penalty with none; final layer: mean square of the embedding."
+    "The claim compares fixup+penalty with none; final layer: mean square of the embedding. "
+    "The paper's own numbers were not available."
 )
 FIXUP_PENALTY = Table(
     "How much of BatchNorm's accuracy Fixup and a penalty bring back", FIXUP_SOURCE,

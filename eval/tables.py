@@ -1,6 +1,6 @@
 """Tables over seeds, from the JSON that the other eval scripts write.
 
-    python eval/tables.py eval/results/ct_cifar10_{none,bn,ct}.json
+    python eval/tables.py eval/results/headline_question_small.json
     python eval/tables.py runs                       # every result of networks below the folder
     python eval/tables.py eval/results/nofrost_cifar10.json --per-seed
     python eval/tables.py runs/*/last.adversarial.json --scatter clean,apgd-ce trade-off.svg
