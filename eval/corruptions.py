@@ -322,12 +322,8 @@ class Arrays:
         many = len(dataset.test) > 20_000 and not dataset.test.in_memory
         if many and not 0 < args.limit <= 20_000:
             raise run.UserError(f"{name}: {len(dataset.test.y)} images; --limit 20000 or fewer")
-        for _, model, facts in networks:
-            if model.spec["num_classes"] != len(dataset.classes):
-                raise run.UserError(
-                    f"{name} has {len(dataset.classes)} classes, {Path(facts['checkpoint']).name} "
-                    f"{model.spec['num_classes']}"
-                )
+        size = networks[0][1].spec["image_size"]
+        data.check_networks(name, networks, dataset.classes, size)
         self.folder = None if args.generate else data.corrupted_dir(name, args.data_dir)
         self.labels = dataset.test.y
         if self.folder:

@@ -25,12 +25,13 @@ def load_script():
 script = load_script()
 
 
-def checkpoint(path, seed=0, norm="bn", dataset="cifar10", classes=10):
+def checkpoint(path, seed=0, norm="bn", dataset="cifar10", classes=10, size=32, **options):
     torch.manual_seed(seed)
-    model = models.build("resnet8", norm, num_classes=classes)
+    model = models.build("resnet8", norm, num_classes=classes, image_size=size)
     state = model.spec | {"dataset": dataset, "model": model.state_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    run.save_checkpoint(path, state | {"method": "ct", "args": {"seed": seed}})
+    options = {"seed": seed, "dataset": dataset} | options
+    run.save_checkpoint(path, state | {"method": "ct", "args": options})
     return model.eval()
 
 
@@ -47,7 +48,7 @@ def folder(tmp_path):
 def evaluate(folder, *options):
     out = ["--data-dir", str(folder), "--json", str(folder / "out.json"), "--device", "cpu"]
     out.append("--overwrite")
-    result = script.main(script.parse_args([*map(str, options), *out]))
+    result = script.main(script.parse_args([*out, *map(str, options)]))
     assert json.loads((folder / "out.json").read_text()) == result
     return result
 
@@ -213,6 +214,29 @@ def test_bad_options(options, text):
         script.parse_args(options)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        ("shapes-shortcut", {"shortcut": None, "test_domain": None}),
+        ("shapes-shortcut", {"shortcut": 6, "test_domain": None}),
+        ("shapes", {"shortcut": 6, "test_domain": None}),
+        ("shapes-shortcut", {"shortcut": None, "test_domain": "outline"}),
+    ],
+)
+def test_the_images_are_those_of_the_training(dataset, options, folder, monkeypatch):
+    """Its grating, and its domain; a network of another grating is evaluated apart."""
+    monkeypatch.setattr(data.sets, "SHAPES_SIZES", {"train": 300, "test": 40})
+    model = checkpoint(folder / "a.pt", dataset=dataset, size=24, **options)
+    entry = evaluate(folder, folder / "a.pt", "--corruptions", "fog")["checkpoints"][0]
+    choice = {"shortcut_levels": options["shortcut"], "test_domain": options["test_domain"]}
+    test = data.load(dataset, image_size=24, **choice).test
+    assert entry["clean"] == run.evaluate(model, test)
+    other = options | {"shortcut": 2}
+    checkpoint(folder / "b.pt", dataset=dataset, size=24, **other)
+    with pytest.raises(UserError, match="different test images"):
+        evaluate(folder, folder / "a.pt", folder / "b.pt")
+
+
 def test_bad_checkpoints(folder):
     with pytest.raises(UserError, match="no such checkpoint"):
         evaluate(folder, folder / "none.pt")
@@ -223,6 +247,14 @@ def test_bad_checkpoints(folder):
     checkpoint(folder / "c.pt", classes=7)
     with pytest.raises(UserError, match=r"has 10 classes, c\.pt 7"):
         evaluate(folder, folder / "c.pt")
+    checkpoint(folder / "d.pt", size=48)
+    with pytest.raises(UserError, match="take images of 32 and 48 pixels: evaluate them apart"):
+        evaluate(folder, folder / "a.pt", folder / "d.pt")
+    checkpoint(folder / "e.pt", dataset="gaussian")
+    with pytest.raises(UserError, match="gaussian: is no data set of images"):
+        evaluate(folder, folder / "e.pt")
+    with pytest.raises(UserError, match=r"--json .*x.svg: a figure may be written there"):
+        evaluate(folder, folder / "a.pt", "--json", folder / "x.svg")
     with pytest.raises(UserError, match="--limit 21: there are only 20"):
         evaluate(folder, folder / "a.pt", "--limit", "21")
 

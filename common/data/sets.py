@@ -270,22 +270,42 @@ def read_domains(name, data_dir, seed, test_domain, size, options):
 def test_options(name, networks):
     """Options of `load` that give the test set of networks (label, model, facts).
 
-    Of a domain set these are the images that they were not trained on. Raises UserError where these
-    differ."""
-    if name not in DOMAINS:
-        return {}
+    Of a domain set these are the images that they were not trained on. A network that was trained
+    on the set with --shortcut is measured with that grating. Raises UserError where these differ,
+    and for a data set without test images."""
+    kind = name.removesuffix("-shortcut")
+    if kind not in SETS:
+        raise UserError(f"{name}: is no data set of images")
     found = []
     for _, _, facts in networks:
-        options = facts.get("options", {})
-        own = {"test_domain": options.get("test_domain")}
-        if name in ("vlcs", "pacs", "domains") and not own["test_domain"]:
+        options, own = facts.get("options", {}), {}
+        if kind in DOMAINS:
+            own["test_domain"] = options.get("test_domain")
+        if kind in ("vlcs", "pacs", "domains") and not own["test_domain"]:
             own["seed"] = options.get("seed", 0)  # chose the 20 % of every domain
+        if options.get("dataset") == name and options.get("shortcut") is not None:
+            own["shortcut_levels"] = options["shortcut"]
         found.append(own)
     if any(own != found[0] for own in found):
         raise UserError(
             f"{name}: the networks have different test images ({found}): evaluate them apart"
         )
     return found[0]
+
+
+def check_networks(name, networks, classes, size):
+    """UserError where a network (label, model, facts) cannot take the images of a data set."""
+    for _, model, facts in networks:
+        if model.spec["num_classes"] != len(classes):
+            raise UserError(
+                f"{name} has {len(classes)} classes, {Path(facts['checkpoint']).name} "
+                f"{model.spec['num_classes']}"
+            )
+        if model.spec["image_size"] != size:
+            raise UserError(
+                f"the networks take images of {size} and {model.spec['image_size']} pixels: "
+                "evaluate them apart"
+            )
 
 
 class Restricted(torch.nn.Module):
@@ -317,17 +337,7 @@ def for_evaluation(name, networks, data_dir, limit):
         options = test_options(name, networks)
         dataset = load(name, data_dir, image_size=size if SETS[name].sized else None, **options)
         test, classes = dataset.test, dataset.classes
-    for _, model, facts in networks:
-        if model.spec["num_classes"] != len(classes):
-            raise UserError(
-                f"{name} has {len(classes)} classes, {Path(facts['checkpoint']).name} "
-                f"{model.spec['num_classes']}"
-            )
-        if model.spec["image_size"] != size:
-            raise UserError(
-                f"the networks take images of {size} and {model.spec['image_size']} pixels: "
-                "evaluate them apart"
-            )
+    check_networks(name, networks, classes, size)
     rows = torch.arange(len(test.y))
     if limit:
         rows = stratified_split(test.y, limit, 0, "--limit")[1]

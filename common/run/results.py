@@ -55,6 +55,8 @@ class Results:
     def __init__(
         self, kind, first, settings, path=None, tensorboard=None, overwrite=False, *, pictures=True
     ):
+        if path and Path(path).suffix == ".svg":
+            raise UserError(f"--json {path}: a figure may be written there; give another name")
         self.kind = kind
         self.settings = json.loads(json.dumps(settings))
         self.moved = False  # to the working directory
