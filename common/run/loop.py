@@ -65,10 +65,8 @@ class Loop:
         self.means = {}
         self.done = self.start
         self._watch = Watch(precision.scaler)
-        self._means = Means(batches.batch_size)
-        self._fresh = {}
-        self._loss = None
-        self._norm = None
+        self._means = Means(batches.batch_size, state.get("means"))
+        self._fresh, self._loss, self._norm = {}, None, None
 
     def compiled(self, model):
         """Another model for this loop, compiled as `net` is. None stays None."""
@@ -181,6 +179,7 @@ class Loop:
             state = {"step": self.done, "total": self.total, "metrics": self.metrics}
             state |= {"best": self.best, "stage": self.stage, "scaler": self.scaler.state_dict()}
             state |= {**self.average.state(), "optimizer": self.optimizer.state_dict()}
+            state["means"] = self._means.state()
             state |= self._options()
             with self._saving:
                 self.rundir.save(self.rundir.file(self.stage), self.model.spec | state)

@@ -16,32 +16,37 @@ FP16_LEAST = 2.0**-10  # a loss scale below this means that fp16 has failed; it 
 class Means:
     """Means of 0-d tensors over steps; they stay on their device until `take`.
 
-    batch_size: images of a step, for the speed.
+    batch_size: images of a step, for the speed. state: where a run that was stopped stood.
     """
 
-    def __init__(self, batch_size):
+    def __init__(self, batch_size, state=None):
         self.batch_size = batch_size
-        self.sums = None
-        self.count = 0
+        self.names, self.sums, self.count = state or ([], None, 0)
         self.start()
+
+    def state(self):
+        """For a checkpoint. Of several processes it is that of the one that writes."""
+        return (self.names, self.sums, self.count) if self.count else None
 
     def start(self):
         """Start the clock, for what comes before is no training."""
         self.began = time.perf_counter()
+        self.timed = 0
 
     def add(self, values):
         """Add a step's {name: 0-d tensor}; the names are those of the step before."""
         self.names = list(values)
         row = torch.stack([v.detach().float() for v in values.values()])
-        self.sums = row if self.sums is None else self.sums + row
+        self.sums = row if self.sums is None else self.sums.to(row.device) + row
         self.count += 1
+        self.timed += 1
 
     def take(self):
         """{name: mean over steps and processes} and images_per_s; begins anew. A sync point."""
         means = mean(self.sums / self.count).tolist()
         seconds = time.perf_counter() - self.began
         found = dict(zip(self.names, means, strict=True))
-        found["images_per_s"] = self.count * self.batch_size / seconds
+        found["images_per_s"] = self.timed * self.batch_size / seconds
         self.sums = None
         self.count = 0
         self.start()
