@@ -239,6 +239,17 @@ def test_imagenet_with_batchnorm_is_the_authors():
         assert all((v == (norm == "gn")).all() for v in gains)
 
 
+def test_imagenet_s_nf_network_is_the_authors_beside_others():
+    """--norms nf,bn trains resnet50 twice; the one without a normaliser starts as nf_resnet50."""
+    kwargs = {"num_classes": 1000, "image_size": 224}
+    starts = []
+    for arch in ("resnet50", "nf_resnet50"):
+        torch.manual_seed(0)
+        starts.append(models.build(arch, "nf", **kwargs).state_dict())
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
 # --- the loss -------------------------------------------------------------------------------------
 
 

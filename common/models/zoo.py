@@ -73,7 +73,8 @@ def make_norm_free(arch):
             raise UserError(
                 f"--norm nf: not for {arch}; there are resnet*, wrnD-K, nf_resnet26 and nf_resnet50"
             )
-        start = (0.0, 0.01) if arch in NF_RESNETS else (1.0, 0.1)
+        theirs = arch in NF_RESNETS or (arch in IMAGENET_RESNETS and stem == "imagenet")
+        start = (0.0, 0.01) if theirs else (1.0, 0.1)
         return NormFreeNet(
             num_classes, mean, std, depths, widths, bottleneck, stem, stem_width, start
         )
