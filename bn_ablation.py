@@ -389,9 +389,9 @@ def report(ends, num_classes, args, rundir):
 def verdict(columns):
     """One sentence made of the table's numbers: loss band and gradient change of each run."""
     bands, changes = columns.get("loss band", {}), columns.get("gradient change", {})
-    if not bands:
+    order = sorted(bands.keys() & changes.keys(), key=bands.get)
+    if not order:
         return "nothing was measured."
-    order = sorted(bands, key=bands.get)
     words = [f"{k} loss band {bands[k]:.3g}, gradient change {changes[k]:.3g}" for k in order]
     return "; ".join(words) + " (the smoothest loss first)."
 

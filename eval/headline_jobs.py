@@ -143,20 +143,9 @@ def entries_of(content):
     return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
 
 
-def log_of(folder):
-    """The lines of a training's log that are whole."""
-    lines = []
-    with contextlib.suppress(OSError):
-        for text in (folder / "log.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                lines += [line] if isinstance(line, dict) else []
-    return lines
-
-
 def final_numbers(folder):
     """The final numbers of a training, None as long as it has none."""
-    ends = [line for line in log_of(folder) if line.get("event") == "end"]
+    ends = [line for line in run.read_log(folder) if line.get("event") == "end"]
     return ends[-1] if ends else None
 
 
@@ -165,7 +154,7 @@ def trained_on(folders):
     chose there, as "tuned".
 
     Logs from before 2026-11-26 do not name the device."""
-    lines = [line for folder in folders for line in log_of(folder)]
+    lines = [line for folder in folders for line in run.read_log(folder)]
     begun = [line for line in lines if line.get("event") in ("start", "resume")]
     names = ("device", "torch", "git") if begun else ()
     found = {
@@ -245,7 +234,7 @@ def reason_of(job, status, begins):
 def told_to_stop(job, status):
     """Whether a job left because of a signal. Under torchrun a stopped training leaves with 0."""
     if status == 0 and job.trains and not finished(job):
-        return [line.get("event") for line in log_of(job.product)][-1:] == ["stop"]
+        return [line.get("event") for line in run.read_log(job.product)][-1:] == ["stop"]
     return status in TOLD_TO_STOP
 
 

@@ -412,6 +412,22 @@ def test_divergence_is_reported_and_the_next_run_starts(tmp_path, capsys):
     assert '"event": "diverged"' in log and "NaN" not in log and "Infinity" not in log
 
 
+def test_a_divergence_is_remembered_when_a_network_is_added(tmp_path):
+    args = options(tmp_path, *SMALL, "--norms", "none", "--lrs", "1e9")
+    step = bn_ablation.main(args)["diverged/none-lr1e+09"]
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text() + '{"run": "none-lr1e+09", "st')  # as a kill leaves it
+    argv = ["--resume", str(tmp_path / "run"), "--norms", "bn", "--lrs", "0.1"]
+    final = bn_ablation.main(bn_ablation.parse_args(argv))
+    assert final["diverged/none-lr1e+09"] == step and "error/bn-lr0.1" in final
+
+
+def test_the_sentence_leaves_out_what_has_no_gradient():
+    columns = {"loss band": {"a": 2.0, "b": 1.0}, "gradient change": {"a": 3.0}}
+    assert bn_ablation.verdict(columns).startswith("a loss band 2, gradient change 3 (")
+    assert bn_ablation.verdict({"loss band": {"a": 2.0}}) == "nothing was measured."
+
+
 def test_a_run_of_the_linear_network_goes_on(tmp_path):
     """Its data set and decay are those in args.json; --dataset gaussian means the same network."""
     argv = ["--steps", "2", "--measure-every", "0", "--norms", "none"]

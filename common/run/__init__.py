@@ -5,6 +5,7 @@ from common.run.bands import (
     draw_bands,
     lay_out_bands,
     read_history,
+    read_log,
     record,
     write_bands,
 )
@@ -192,6 +193,7 @@ __all__ = [
     "print_table",
     "rank",
     "read_history",
+    "read_log",
     "read_options",
     "record",
     "refuse",

@@ -4,6 +4,7 @@ A row holds lists where something was measured at several step sizes; its curve 
 its band goes from the least to the largest.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -57,7 +58,11 @@ def write_bands(rundir, ends, args):
     networks of earlier calls on the same run directory too."""
     wait()
     history = read_history(rundir.dir, ends)
-    summaries = {name: medians(rows) | ends.get(name, {}) for name, rows in history.items()}
+    diverged = diverged_in(rundir.dir)
+    summaries = {
+        name: medians(rows) | diverged.get(name, {}) | ends.get(name, {})
+        for name, rows in history.items()
+    }
     folder = rundir.dir / "figures"
     if rank() == 0:
         draw_bands(folder, history, args.step_sizes)
@@ -111,17 +116,32 @@ def draw_bands(folder, history, factors):
         line_chart(folder / f"{chart}.svg", chart, lines, log)
 
 
+def read_log(folder):
+    """The lines of a run's log.jsonl that are whole, as dicts."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in (folder / "log.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                lines += [line] if isinstance(line, dict) else []
+    return lines
+
+
+def diverged_in(folder):
+    """{run: {"diverged": step}} of a log.jsonl."""
+    ends = (row for row in read_log(folder) if row.get("event") == "diverged")
+    return {row["run"]: {"diverged": row["step"]} for row in ends}
+
+
 def read_history(folder, names=()):
     """{run: rows} of an earlier log.jsonl, in the order of steps.
 
     What was measured twice at a step, before and after a resume, counts once, the later."""
     history = {name: {} for name in names}
-    if (folder / "log.jsonl").exists():
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            if row.get("run") and "event" not in row:
-                name = row.pop("run")
-                history.setdefault(name, {})[(row["step"], *sorted(row))] = row
+    for row in read_log(folder):
+        if row.get("run") and "event" not in row:
+            name = row.pop("run")
+            history.setdefault(name, {})[(row["step"], *sorted(row))] = row
     return {
         name: sorted(rows.values(), key=lambda row: row["step"]) for name, rows in history.items()
     }
