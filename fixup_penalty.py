@@ -49,7 +49,7 @@ DEFAULTS = {
     "folders": USUAL | {"arch": "resnet50", "epochs": 90},
 }  # fmt: skip
 VARIANTS = ["none", "none+penalty", "fixup+penalty", "none+dropout", "bn"]
-HELD_OUT = {"shapes": 200, "svhn": 3257, "cifar10": 5000, "cifar100": 5000}  # by --tune
+HELD_OUT = {"shapes": 200, "svhn": 3257, "cifar10": 5000, "cifar100": 5000, "folders": 10_000}
 TUNED = {  # the values that --tune tries
     "lr": (0.03, 0.1, 0.3), "penalty_weight": (1e-4, 1e-3, 1e-2, 1e-1, 1),
     "dropout": (0.1, 0.3, 0.5),
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     args = run.parse(parser, argv)
     run.fill(args, run.defaults_for(DEFAULTS, args.dataset))
     if args.tune and not args.val_size:
-        args.val_size = HELD_OUT.get(args.dataset.removesuffix(".1"), 10_000)
+        args.val_size = run.defaults_for(HELD_OUT, args.dataset)
     args.variants = variants_of(args)
     for name in args.variants:
         options_of(name, args)  # refuses what does not go together

@@ -325,7 +325,6 @@ def report(networks, dataset, args, rundir, precision):
         rundir.writer(norm).add_image("attack", picture, rundir.step(norm), dataformats="HWC")
     errors = run.by_metric(rows)
     rundir.close(final := run.final_numbers(errors))
-
     columns = run.accuracy_columns(errors, SHOWN)
     run.print_accuracies(columns, len(dataset.classes))
     print(f"{args.dataset} test, {len(dataset.test)} images, {args.arch}, seed {args.seed}")
@@ -337,10 +336,11 @@ def report(networks, dataset, args, rundir, precision):
     file = rundir.dir / rundir.file(args.norms[0])
     following = {
         "the curves, and pictures of attacks": "tensorboard",
-        "all of AutoAttack": ["eval/adversarial.py", file, "--attacks", "standard"],
+        "all of AutoAttack": ["eval/adversarial.py", file, "--attacks", "standard",
+                              "--norm", args.attack_norm, "--eps", f"{args.eps:g}"],
         "real images, half an hour on a core": "nofrost.py --dataset cifar10 --norms nf,bn "
         "--arch wrn10-1 --limit 5000 --epochs 20",
-    }
+    }  # fmt: skip
     paper = "without BatchNorm, adversarial training keeps more clean and robust accuracy."
     run.print_findings(paper, here, args, rundir.dir, following)
     return final

@@ -101,6 +101,8 @@ def export(args, device):
 def export_arrays(args, device, out, digests, finished):
     """One file per corruption; whole files are kept, an unfinished one is written anew."""
     dataset = data.load(args.dataset, args.data_dir)
+    if not dataset.test.in_memory:
+        raise run.UserError(f"{args.dataset}: its images are files; give --dataset folder")
     x, y = dataset.test
     rows = torch.arange(len(y))
     if args.limit:

@@ -35,7 +35,10 @@ def parse_args(argv=None):
     group.add_argument("--images", type=run.positive(int), default=128, help="training images")
     group.add_argument("--seed", type=run.nonnegative(int), default=0, help="of weights and images")
     group.add_argument("--json", type=Path, help="where the numbers go (default: nowhere)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not re.search(r"\d", args.arch):
+        raise run.UserError(f"--arch {args.arch}: its name has no depth to change")
+    return args
 
 
 def main(args):

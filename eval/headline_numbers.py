@@ -19,7 +19,6 @@ from eval.headline_jobs import (
     evaluation_command,
     final_numbers,
     finished,
-    log_of,
     made_by_another,
     mark,
     read_json,
@@ -110,7 +109,7 @@ def curve_of(args, scale, row, seed):
     """[[epoch, value], ...] of what the table draws over epochs; of each epoch the last value."""
     if not scale.curve:
         return []
-    lines = log_of(run_folder(args, row.run, seed))
+    lines = run.read_log(run_folder(args, row.run, seed))
     own = [line for line in lines if line.get("stage") == row.stage and scale.curve[0] in line]
     values = {line["epoch"]: line[scale.curve[0]] for line in own}
     return [[epoch, float(f"{value:.4g}")] for epoch, value in sorted(values.items())]
@@ -164,14 +163,16 @@ def published_rows(content, scale):
 
 
 def unpublished(args, name, scale, rows, seed):
-    """The rows whose numbers of a seed the results file in --out does not hold whole."""
+    """The rows whose numbers of a seed the results file in --out does not hold whole. A network
+    that diverged has none to hold."""
     _, published = published_file(args, name, scale)
 
-    def numbers(row):
+    def is_known(row):
         key = row.title, f"python {command_of(scale, row.run)}", str(seed)
-        return published.get(key, ({},))[0]
+        numbers, _, failed = published.get(key, ({}, {}, None))
+        return is_whole(scale, numbers) or (failed or "").startswith("diverged")
 
-    return [row for row in rows if not is_whole(scale, numbers(row))]
+    return [row for row in rows if not is_known(row)]
 
 
 def known(numbers):

@@ -112,6 +112,8 @@ def parse_args(argv=None):
     args.limit = study["limit"] if args.limit is None else args.limit
     args.images = args.limit or study["all"]
     args.json = args.json or default_json(args, study)
+    if args.json.suffix == ".svg":
+        raise run.UserError(f"--json {args.json}: the figure is written there; give another name")
     if args.study == "recipe" and args.epochs == 1:
         raise run.UserError("--epochs 1 has no half: give 2 or more for this study")
     known = {*models.NORMS, "ct"}

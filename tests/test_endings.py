@@ -138,6 +138,8 @@ def test_a_teacher_that_is_none_is_said(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"warning: --teacher {file}: has BatchNorm, which the method's teacher lacks"
     ]
+    with pytest.raises(run.UserError, match="its image_size is 24, the student's is 32"):
+        models.load_teacher(file, models.build("resnet8", "bn", 10, 32), "cpu", args)
     run.save_checkpoint(file, checkpoint | {"step": 1, "total": 750})
     models.load_teacher(file, student, "cpu", ct.parse_args(["--dataset", "cifar10"]))
     printed = capsys.readouterr().out

@@ -147,6 +147,13 @@ def tree(tmp_path):
     return tmp_path / "tree"
 
 
+def test_a_set_of_files_is_no_array(tree, tmp_path):
+    with pytest.raises(run.UserError, match="domains: its images are files; give --dataset folder"):
+        for domain in ("one", "two"):
+            shutil.copytree(tree, tmp_path / "set" / "domains" / domain)
+        export(tmp_path / "set" / "domains", tmp_path / "out", "--dataset", "domains")
+
+
 def test_trees_there_and_back(tree, tmp_path):
     """ImageNet-C's layout, quality 85; the files are what Pillow makes of the engine's images."""
     from io import BytesIO

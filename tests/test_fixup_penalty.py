@@ -53,6 +53,14 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("arch", ["vgg11-b", "dln25", "vgg11-4", "resnet8"])
+def test_he_takes_any_last_layer(arch):
+    """One linear layer with a bias, several, or none."""
+    model = models.build(arch, "none")
+    models.init_he(model)
+    assert not any(p.any() for name, p in model.fc.named_parameters() if name.endswith("bias"))
+
+
 @pytest.mark.parametrize(("arch", "size"), PUBLISHED)
 def test_fixup_parameter_count(arch, size):
     model = models.build(arch, "fixup", 10 if size == 32 else 1000, size)
@@ -428,6 +436,8 @@ def test_defaults_are_the_protocol():
     args = script.parse_args("--dataset cifar10 --tune --seeds 10".split())
     assert (args.arch, args.epochs, args.val_size, args.seeds) == ("wrn28", 200, 5000, 10)
     assert script.parse_args("--dataset svhn --tune".split()).val_size == 3257
+    assert script.parse_args("--dataset shapes-shortcut --tune".split()).val_size == 200
+    assert script.parse_args("--dataset cifar10.1 --tune".split()).val_size == 5000
     own = script.options_of("fixup+penalty+dropout", args)
     assert (own.norm, own.init, own.penalty, own.dropout) == ("fixup", "fixup", "embedding", 0.3)
     own = script.options_of("none+glorot+logits", args)

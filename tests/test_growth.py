@@ -33,3 +33,5 @@ def test_numbers_that_cannot_be_written_are_known_at_the_beginning(tmp_path, mon
 def test_bad_options():
     with pytest.raises(UserError, match="a Wide ResNet has depth"):
         growth.main(growth.parse_args("--dataset shapes --depths 11".split()))
+    with pytest.raises(UserError, match="--arch allconv: its name has no depth"):
+        growth.parse_args(["--arch", "allconv"])

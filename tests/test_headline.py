@@ -763,6 +763,14 @@ def test_unpublished_runs_only_what_the_results_file_lacks(fake, tmp_path, monke
     assert started() == ["a-s0", "a-s1", "b-s0", "b-s1"]
     errors = [[v["error"] for v in row["seeds"].values()] for row in content["rows"]]
     assert errors == [[10.0, 11.0], [20.0, 21.0]]
+    for state, left in (("diverged at step 7", []), ("error: out of memory", ["a-s1"])):
+        content["rows"][0]["seeds"].pop("1", None)
+        content["rows"][0]["failed"] = {"1": state}
+        (tmp_path / "headline_fake_small.json").write_text(json.dumps(content))
+        capsys.readouterr()
+        more = ["--runs", str(tmp_path / "third"), "--dry-run"]
+        headline.main(headline.parse_args([*line, *more]))
+        assert re.findall(r"/(\w-s\d) --resume", capsys.readouterr().out) == left
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,11 @@ def test_sizes_of_the_grating_are_lines_of_their_own(trained, monkeypatch):
     assert len(drawn) == 6 and "bn, 0.5, rate" in drawn and "bn, 1, rate" in drawn
 
 
+def test_numbers_and_figure_have_a_file_each(tmp_path):
+    with pytest.raises(UserError, match=r"--json .*x\.svg: the figure is written there"):
+        study.parse_args(["shapes", "--json", str(tmp_path / "x.svg")])
+
+
 def test_one_epoch_has_no_half():
     with pytest.raises(UserError, match="has no half"):
         study.parse_args(["recipe", "--epochs", "1"])

@@ -373,6 +373,18 @@ def test_a_stop_between_domains_goes_on_with_all(tmp_path, monkeypatch, capsys, 
     assert {k.split("/")[-1] for k in final} == set(shapes.STYLES)
 
 
+def test_seeds_of_several_domains_go_on(tmp_path, monkeypatch):
+    """The folder of a seed holds runs and is none itself."""
+    argv = [*TINY, "--lam", "0", "--epochs", "1", "--test-domain", "all", "--seeds", "2"]
+    argv += ["--out", str(tmp_path / "r"), "--eval-every", "1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_step(patch, 0, keyboard)  # within the first seed's first domain
+        ct.main(ct.parse_args(argv))
+    assert (tmp_path / "r" / "s0").is_dir() and not (tmp_path / "r" / "s1").exists()
+    final = ct.main(ct.parse_args([*argv, "--resume", "auto"]))
+    assert len(final) == len({key.rpartition("/")[0] for key in final}) * 2
+
+
 def test_second_ctrl_c_does_not_wait(tmp_path, monkeypatch, own_signals):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -413,14 +425,14 @@ def test_fp16_leaves_out_single_steps_and_stops_when_none_is_finite(tmp_path, mo
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
+def keyboard():
+    raise KeyboardInterrupt
+
+
 def interrupted(train, out, monkeypatch, step, *options):
     """Leave a run as an error within this step leaves it."""
-
-    def stop():
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_step(patch, step, stop)
+        at_step(patch, step, keyboard)
         train(out, *options)
 
 
@@ -572,6 +584,40 @@ def test_file_system_without_links(tmp_path, monkeypatch):
         torch.load(tmp_path / name, weights_only=True)["x"] for name in ("last.pt", "last.1.pt")
     ]
     assert found == [3, 2]
+
+
+def test_means_of_the_training_go_on(tmp_path, monkeypatch):
+    """Means over steps before and after a stop, in the log and in the final numbers."""
+
+    def numbers(out):
+        found = [x for x in lines(out) if "loss" in x or x.get("event") == "end"]
+        return [{k: v for k, v in x.items() if k not in ("images_per_s", "seconds")} for x in found]
+
+    one = ["--save-minutes", "1e-9"]
+    train_fixup(tmp_path / "whole", *one)
+    interrupted(train_fixup, tmp_path / "r", monkeypatch, 7, *one)  # of 9, within an epoch
+    train_fixup(tmp_path / "r", "--resume", "auto", *one)
+    assert numbers(tmp_path / "r") == numbers(tmp_path / "whole")
+
+
+def test_a_training_is_not_made_shorter(tmp_path):
+    train_ct(tmp_path / "r")
+    with pytest.raises(UserError, match="student was trained for 9 steps, which is more than 6"):
+        train_ct(tmp_path / "r", "--resume", "auto", "--epochs", "2")
+
+
+def test_overwrite_replaces_its_own_run_alone(tmp_path):
+    train_ct(tmp_path / "r" / "s0")
+    train_ct(tmp_path / "r")
+    before = sorted((tmp_path / "r" / "s0").rglob("events.out.*"))
+    old = set((tmp_path / "r" / "student").glob("events.out.*"))
+    train_ct(tmp_path / "r", "--overwrite")
+    assert sorted((tmp_path / "r" / "s0").rglob("events.out.*")) == before and before
+    assert not old & set((tmp_path / "r" / "student").glob("events.out.*")) and old
+    teacher = ["--teacher", str(tmp_path / "r" / "last.pt"), "--lam", "1"]
+    with pytest.raises(UserError, match=r"--overwrite: .*last\.pt lies in .*, which is replaced"):
+        train_ct(tmp_path / "r", "--overwrite", *teacher)
+    assert (tmp_path / "r" / "last.pt").is_file()
 
 
 def test_options_that_do_not_fit_the_checkpoint(tmp_path, monkeypatch):

@@ -40,7 +40,9 @@ def init_he(model, mode="fan_out"):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.fc.bias)
+    for module in getattr(model, "fc", nn.Identity()).modules():  # several in VGG with more
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()

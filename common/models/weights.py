@@ -225,7 +225,7 @@ def load_teacher(path, student, device, args):
     of classes is another. Warns of BatchNorm, of a training that has not ended, and of other data.
     """
     checkpoint = run.load_checkpoint(path, device)
-    for key in ("arch", "num_classes"):
+    for key in ("arch", "num_classes", "image_size"):
         own, wanted = checkpoint[key], student.spec[key]
         if own != wanted:
             raise UserError(f"--teacher {path}: its {key} is {own}, the student's is {wanted}")

@@ -82,8 +82,9 @@ def cli(main, parse_args):
 
 
 def too_large(value):
-    """Whether a whole number does not fit in the 64 bits that PyTorch counts with."""
-    return isinstance(value, int) and value >= 2**63
+    """Whether a whole number does not fit in the 64 bits that PyTorch counts with. A float has a
+    smaller limit than its own, for it is multiplied."""
+    return value >= (2**63 if isinstance(value, int) else 1e30)
 
 
 def positive(kind):

@@ -25,7 +25,7 @@ def repeat(main, args, parts):
     found = {}
     for name, change in parts.items():
         out = root / name
-        resume = str(out) if args.resume and (out / "args.json").is_file() else None
+        resume = "auto" if args.resume else None
         found[name] = main(changed(args, out=str(out), resume=resume, **change))
     return found
 

@@ -126,13 +126,16 @@ class RunDir:
                 f"{self.dir} holds a run already: choose another --out, --resume {self.dir} to go "
                 "on with it, or --overwrite to replace it"
             )
+        teacher = self.options.get("teacher")
+        if overwrite and teacher and self.dir.resolve() in Path(teacher).resolve().parents:
+            raise UserError(f"--overwrite: {teacher} lies in {self.dir}, which is replaced")
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.dir)
         if self.resumed:
             self._check_options()
         old = [*self.dir.glob(".*.pt.*")]  # what a kill left of a checkpoint half written
         if not self.resumed and overwrite:
-            old += [*self.dir.glob("*.pt"), *self.dir.glob("**/events.out.*")]
+            old += [*self.dir.glob("*.pt"), *self._curves()]
         for file in old:
             file.unlink()
         if not self.resumed:
@@ -142,6 +145,13 @@ class RunDir:
         self._log = open_log(self.dir / "log.jsonl")
         event = "resume" if self.resumed else "start"
         self.log(event=event, command=shlex.join(sys.argv), device=device, **versions())
+
+    def _curves(self):
+        """The TensorBoard files of this run; not those of runs that lie in folders below."""
+        for file in self.dir.glob("**/events.out.*"):
+            below = file.parents[: file.parents.index(self.dir)]
+            if not any((folder / "log.jsonl").exists() for folder in below):
+                yield file
 
     def _check_options(self):
         """UserError where --resume changes what the steps so far were made with."""
@@ -216,6 +226,8 @@ class RunDir:
 
     def begin(self, stage, start, total, batches):
         """A training begins, or goes on from step `start`. TensorBoard gets its first batch."""
+        if start > total:
+            raise UserError(f"{stage} was trained for {start} steps, which is more than {total}")
         self.training = start < total
         self._steps[stage] = start
         self.remaining.begin(stage, start, total, batches.per_epoch)
