@@ -606,6 +606,24 @@ def test_a_training_is_not_made_shorter(tmp_path):
         train_ct(tmp_path / "r", "--resume", "auto", "--epochs", "2")
 
 
+def test_one_network_does_not_become_several(tmp_path):
+    """The files would have other names, and the network would be trained again."""
+    train_nofrost(tmp_path / "one", "--epochs", "1")
+    with pytest.raises(UserError, match=r"holds last\.pt, of a run of one network; begin another"):
+        nofrost.main(nofrost.parse_args(["--resume", str(tmp_path / "one"), "--norms", "nf,bn"]))
+    train_fixup(tmp_path / "two", "--epochs", "1")
+    with pytest.raises(UserError, match=r"holds last\.pt, of a run of one network"):
+        argv = ["--resume", str(tmp_path / "two"), "--seeds", "2"]
+        fixup_penalty.main(fixup_penalty.parse_args(argv))
+    argv = ["--epochs", "1", "--out", str(tmp_path / "three"), "--norms", "nf,bn"]
+    words = (
+        "--arch wrn10-1 --batch-size 32 --probe-images 20 --robust-images 0 --device cpu".split()
+    )
+    nofrost.main(nofrost.parse_args([*words, *argv, "--attack-steps", "1"]))
+    with pytest.raises(UserError, match=r"holds nf\.pt, of a run of several networks"):
+        nofrost.main(nofrost.parse_args(["--resume", str(tmp_path / "three"), "--norms", "nf"]))
+
+
 def test_overwrite_replaces_its_own_run_alone(tmp_path):
     train_ct(tmp_path / "r" / "s0")
     train_ct(tmp_path / "r")

@@ -165,6 +165,12 @@ class RunDir:
                     f"--resume {self.dir}: its --{key.replace('_', '-')} is {old}, not {new}; "
                     "leave the option out, or begin another run"
                 )
+        other = f"{self.last}.pt" if self.last else "last.pt"
+        if (self.dir / other).exists():  # its network would be trained anew
+            raise UserError(
+                f"--resume {self.dir}: holds {other}, of a run of "
+                f"{'several networks' if self.last else 'one network'}; begin another run"
+            )
 
     def keep_options(self):
         """Write the options to go on with. A resumed run does so once its checkpoint fits them."""
