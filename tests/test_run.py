@@ -396,6 +396,8 @@ def test_numbers_that_64_bits_do_not_hold(kind):
     for text in (str(2**63), "9" * 40):
         with pytest.raises(argparse.ArgumentTypeError, match="finite"):
             kind(int)(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="finite"):
+        kind(float)("1e37")  # a product with another number would not fit in fp32
 
 
 # --- where it runs --------------------------------------------------------------------------------

@@ -82,9 +82,9 @@ def cli(main, parse_args):
 
 
 def too_large(value):
-    """Whether a whole number does not fit in the 64 bits that PyTorch counts with. A float has a
-    smaller limit than its own, for it is multiplied."""
-    return value >= (2**63 if isinstance(value, int) else 1e30)
+    """Whether a number does not fit: a whole one in the 64 bits that PyTorch counts with, a float
+    in fp32 with room for a factor."""
+    return value >= (2**63 if isinstance(value, int) else 1e36)
 
 
 def positive(kind):
