@@ -221,8 +221,9 @@ def trained_on(options):
 def load_teacher(path, student, device, args):
     """The network of a checkpoint, in eval mode, to teach `student` on `device`.
 
-    args: options of the student's training. Raises UserError where the architecture or the number
-    of classes is another. Warns of BatchNorm, of a training that has not ended, and of other data.
+    args: options of the student's training. Raises UserError where the architecture, the image size
+    or the number of classes is another. Warns of BatchNorm, of a training that has not ended, and
+    of other data.
     """
     checkpoint = run.load_checkpoint(path, device)
     for key in ("arch", "num_classes", "image_size"):
