@@ -480,8 +480,9 @@ PROBES = {
 }
 
 
-def probed_row(title, norm, lr, run="probed", paper=None):
-    return Row(f"{title}, rate {lr}", run, f"{norm}-lr{lr}", f"{norm}-lr{lr}.pt", paper)
+def probed_row(title, norm, lr, paper=None):
+    name = f"{norm}-lr{lr}"
+    return Row(f"{title}, rate {lr}", f"probed-{name}", name, f"{name}.pt", paper)
 
 
 PROBED_ROWS = (
@@ -495,16 +496,15 @@ PROBED_ROWS = (
     probed_row("BatchNorm", "bn", 0.5, paper={"train %": "97 to 99"}),
     probed_row("noisy BatchNorm", "noisy-bn", 0.5),
 )  # fmt: skip
-LP_ROWS = tuple(probed_row(norm, norm, 0.1, "probed-lp") for norm in ("l1", "l2", "linf"))
+LP_ROWS = tuple(probed_row(norm, norm, 0.1) for norm in ("l1", "l2", "linf"))
 
 
-def probed_scale(size, options, minutes, machine, seeds, *, lp=False):
-    """Networks with and without BatchNorm; lp: also those that other norms normalise."""
-    command = f"bn_ablation.py --dataset cifar10 {options}"
-    runs = {"probed": f"{command} --lrs 0.1,0.5"}
-    if lp:
-        runs["probed-lp"] = f"{command} --lrs 0.1 --norms l1,l2,linf"
-    rows = PROBED_ROWS + (LP_ROWS if lp else ())
+def probed_scale(size, options, minutes, machine, seeds, rows):
+    """Networks with and without BatchNorm, each a run of its own: --jobs spreads them."""
+    runs = {}
+    for row in rows:
+        norm, lr = row.stage.split("-lr")
+        runs[row.run] = f"bn_ablation.py --dataset cifar10 {options} --norms {norm} --lrs {lr}"
     return Scale(size, "cifar10", seeds, minutes, machine, runs, {}, PROBES, rows)
 
 
@@ -514,31 +514,32 @@ OPTIMISATION = Table(
     {
         "small": probed_scale(
             "VGG16 at a quarter of its width, 15,000 steps, probed every 100",
-            "--arch vgg16-16 --measure-every 100", 900, CORE, 2,
+            "--arch vgg16-16 --measure-every 100", 900, CORE, 2, PROBED_ROWS,
         ),
         "full": probed_scale(
-            "VGG16, 15,000 steps, probed every 50", "--arch vgg16", None, GPUS, 3, lp=True
+            "VGG16, 15,000 steps, probed every 50",
+            "--arch vgg16", None, GPUS, 3, PROBED_ROWS + LP_ROWS,
         ),
     },
 )  # fmt: skip
+LINEAR_LOSS = {"none": 1700, "bn": 480, "l1": 100, "l2": 480, "linf": 1000}
 LINEAR = Table(
     "The linear network of 25 layers",
     "arXiv 1805.11604, figures 5 and 13, read off: loss after 10,000 steps",
     {
         "small": Scale(
             "10,000 steps at rate 1e-6, double precision", "gaussian", 3, 60, CORE,
-            {"linear": "bn_ablation.py --arch dln25 --norms none,bn,l1,l2,linf"}, {},
+            {f"linear-{norm}": f"bn_ablation.py --arch dln25 --norms {norm}"
+             for norm in LINEAR_LOSS}, {},
             {
                 "loss": ("run", "loss/{stage}"),
                 "loss band, median width": ("run", "landscape_width/{stage}"),
                 "effective beta, median": ("run", "beta/{stage}"),
             },
             tuple(
-                Row(title, "linear", f"{norm}-lr1e-06", f"{norm}-lr1e-06.pt", {"loss": loss})
-                for title, norm, loss in (
-                    ("none", "none", 1700), ("BatchNorm", "bn", 480), ("l1", "l1", 100),
-                    ("l2", "l2", 480), ("linf", "linf", 1000),
-                )
+                Row({"bn": "BatchNorm"}.get(norm, norm), f"linear-{norm}", f"{norm}-lr1e-06",
+                    f"{norm}-lr1e-06.pt", {"loss": loss})
+                for norm, loss in LINEAR_LOSS.items()
             ),
         )
     },
