@@ -25,6 +25,7 @@ def lines_of(content):
     """(rows, header) of the table of a results file. A reported column stands twice, and rows that
     nothing is known of are left out; `caption` names them."""
     reported = {c for row in content["rows"] for c in row["paper"]}
+    floats = {column: floats_of(column, content["rows"]) for column in content["columns"]}
     header = ["network"]
     for column in content["columns"]:
         header += [f"{column}, paper", f"{column}, here"] if column in reported else [column]
@@ -38,13 +39,20 @@ def lines_of(content):
             paper = row["paper"].get(column, "-")
             if column in reported:
                 line.append(f"{paper:g}" if isinstance(paper, (int, float)) else paper)
-            line.append(run.mean_sd(values))
+            line.append(run.mean_sd(values, floats[column]))
         state = [f"failed (seed {seed}): {why}" for seed, why in row["failed"].items()]
         lines.append([*line, len(row["seeds"]), "; ".join(state)])
     header += ["n", ""]
     if not any(line[-1] for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     return lines, header
+
+
+def floats_of(column, rows):
+    """The format of a column: two decimals, or four digits where its numbers are large or small."""
+    given = [numbers.get(column) for row in rows for numbers in row["seeds"].values()]
+    sizes = [abs(value) for value in given if value]
+    return ".2f" if all(0.1 <= size < 1000 for size in sizes) else ".4g"
 
 
 def not_begun(row):
