@@ -546,7 +546,7 @@ LINEAR = Table(
     "arXiv 1805.11604, figures 5 and 13, read off: loss after 10,000 steps",
     {
         "small": Scale(
-            "10,000 steps at rate 1e-6, double precision", "gaussian", 3, 60, CORE,
+            "10,000 steps at rate 1e-6, double precision", "gaussian", 3, 20, CORE,
             {f"linear-{norm}": f"bn_ablation.py --arch dln25 --norms {norm}"
              for norm in LINEAR_LOSS}, {},
             {

@@ -101,6 +101,8 @@ PUBLISHED = {  # a cell of each file that a table of the READMEs is made of
     "autoattack_agreement": ("cascade l2 eps 38, rows 0-199", "theirs", "11.00"),
     "bn_ablation_dln25": ("norm l2", "loss at 10000 steps", "6068.60"),
     "bn_ablation_vgg16-16_cifar10": ("norm bn, lr 0.1", "loss band", "0.17"),
+    "bn_ablation_vgg16-16_cifar10_h200_s0": ("norm noisy-bn, lr 0.5", "beta", "3.03"),
+    "bn_ablation_vgg16-16_cifar10_h200_s1": ("norm none, lr 0.1", "loss band", "1.93"),
     "ct_cifar10_bn": ("all", "mean corruption error", "35.38 +- 0.84"),
     "domains_pacs_sample": ("baseline", "sketch", "20.54"),
     "domains_shapes": ("student", "average", "10.03"),
