@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import nofrost
 from common import attacks, data, models, run
 from common.data import shapes, streams
 from common.run import UserError
+from eval import adversarial
 
 FAST = "--norm nf --image-size 32 --eps 8 --lr 0.1 --arch resnet8 --epochs 2".split()
 FAST += "--batch-size 32 --attack-steps 2 --probe-images 20".split()
@@ -64,6 +66,15 @@ def test_full_run(finished):
     assert tags <= set(events.Tags()["scalars"])
     (picture,) = events.Images("attack")
     assert picture.step == 6 and picture.width > 2 * picture.height
+
+
+def test_the_line_after_a_run_attacks_as_the_run_did(tmp_path, capsys):
+    """The command of AutoAttack names the run's checkpoint, norm and radius, and is a valid one."""
+    train(tmp_path / "r", "--epochs", "1", "--attack-norm", "l2", "--eps", "12.5")
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "--attacks standard" in x)
+    args = adversarial.parse_args(shlex.split(line)[2:])
+    assert (args.norm, args.eps, len(args.attacks)) == ("l2", 12.5, 4)  # AutoAttack has four
+    assert run.load_checkpoint(args.checkpoints[0])["method"] == "nofrost"
 
 
 def test_several_networks_in_one_run(tmp_path, capsys):
