@@ -275,7 +275,7 @@ def report(networks, metrics, stages, dataset, args, rundir, precision):
     run.print_accuracies(columns, len(dataset.classes), "variant")
     print("accuracies, higher is better; final layer: mean square of the embedding at the end")
     print(f"{args.dataset}, {len(dataset.train)} training images, {len(dataset.test)} test images,")
-    print(f"  {args.arch}, last epoch, median of {args.seeds} seeds from {args.seed} on")
+    print(f"  {args.arch}, last epoch, {run.seeds_in_words(args)}")
     paper = "Fixup and the penalty bring a large part of BatchNorm's test accuracy back."
     real = "fixup_penalty.py --dataset cifar10 --limit 4000 --no-augment --arch wrn16-1 --epochs 40"
     following = {"growth of the final layer, tag embedding": "tensorboard"}

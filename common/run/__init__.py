@@ -80,6 +80,7 @@ from common.run.repeat import (
     medians_over_seeds,
     repeat,
     search,
+    seeds_in_words,
     with_seeds,
 )
 from common.run.report import (
@@ -204,6 +205,7 @@ __all__ = [
     "scatter_chart",
     "search",
     "seed_key",
+    "seeds_in_words",
     "share",
     "spread",
     "summed",

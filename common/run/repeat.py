@@ -62,6 +62,12 @@ def with_seeds(variants, args):
     return stages
 
 
+def seeds_in_words(args):
+    """The seeds of a table in words: seed 0, or median of 10 seeds, from 0 on."""
+    several = f"median of {args.seeds} seeds, from {args.seed} on"
+    return several if args.seeds > 1 else f"seed {args.seed}"
+
+
 def medians_over_seeds(found, stages, rundir):
     """{metric: {variant: median}} of {metric: {network: value}}; log.jsonl gets all values.
 
