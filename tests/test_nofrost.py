@@ -21,7 +21,7 @@ from eval import adversarial
 
 FAST = "--norm nf --image-size 32 --eps 8 --lr 0.1 --arch resnet8 --epochs 2".split()
 FAST += "--batch-size 32 --attack-steps 2 --probe-images 20".split()
-FAST += "--robust-images 20 --eval-every 1 --precision fp32 --device cpu".split()
+FAST += "--robust-images 5 --eval-every 1 --precision fp32 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,8 @@ def test_full_run(finished):
 
 def test_the_line_after_a_run_attacks_as_the_run_did(tmp_path, capsys):
     """The command of AutoAttack names the run's checkpoint, norm and radius, and is a valid one."""
-    train(tmp_path / "r", "--epochs", "1", "--attack-norm", "l2", "--eps", "12.5")
+    options = ["--epochs", "1", "--limit", "32", "--robust-images", "0"]
+    train(tmp_path / "r", *options, "--attack-norm", "l2", "--eps", "12.5")
     (line,) = (x for x in capsys.readouterr().out.splitlines() if "--attacks standard" in x)
     args = adversarial.parse_args(shlex.split(line)[2:])
     assert (args.norm, args.eps, len(args.attacks)) == ("l2", 12.5, 4)  # AutoAttack has four
