@@ -257,3 +257,13 @@ def test_the_sentence_speaks_of_nothing_that_was_not_measured():
         "clean / corrupted: teacher 80.0 / 70.0 %, baseline 90.0 / 60.0 %, CT 91.0 / 65.5 %, "
         "CT against baseline +1.0 clean, CT against baseline +5.5 corrupted."
     )
+
+
+@pytest.mark.parametrize(
+    "line, interval",
+    [("", 0.8), ("--dataset cifar10", 5), ("--dataset cifar10 --epochs 20", 2),
+     ("--dataset cifar10 --epochs 6", 1), ("--dataset cifar10 --epochs 20 --eval-every 5", 5)],
+)  # fmt: skip
+def test_a_curve_of_a_short_training_has_ten_points(line, interval):
+    """Or one an epoch; --eval-every is taken as it is given."""
+    assert ct.parse_args(line.split()).eval_every == interval

@@ -25,6 +25,7 @@ PLUMBING = {
     "save_every", "save_minutes", "compile", "eval_every", "corrupted_images", "robust_images",
     "probe_images", "capture", "baseline", "teacher", "deepaug_dir", "weights",
 }  # fmt: skip
+POINTS = 10  # evaluations of a short training, unless --eval-every says otherwise
 
 
 def leave(number, frame):
@@ -310,10 +311,14 @@ def defaults_by_data(parser, table):
 
 
 def fill(args, row):
-    """Give the options that were not given the values of a row."""
-    for key, value in row.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    """Give the options that were not given the values of a row.
+
+    A short training is evaluated more often than the row says, so that its curve has POINTS."""
+    missing = [key for key in row if getattr(args, key) is None]
+    for key in missing:
+        setattr(args, key, row[key])
+    if "eval_every" in missing and "epochs" in args:
+        args.eval_every = min(args.eval_every, max(1, args.epochs / POINTS))
 
 
 def add_arguments(parser, defaults=None, *, compiles=True):
@@ -395,7 +400,8 @@ def add_evaluation_arguments(parser, defaults, images="--corrupted-images", kind
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval-every", type=positive(float), metavar="EPOCHS",
-        help=f"epochs between evaluations, or a part of one; {by_data(defaults, 'eval_every')}",
+        help=f"epochs between evaluations, or a part of one; {by_data(defaults, 'eval_every')}; "
+        f"less in a training of few epochs, for {POINTS} evaluations",
     )  # fmt: skip
     group.add_argument(
         images, type=nonnegative(int), default=500, metavar="N",
