@@ -466,7 +466,7 @@ FIXUP_10000 = Table(
         "small": fixup_scale(
             "WRN-16-1, 10,000 images, no augmentation, 40 epochs; rate, weight and dropout as "
             "tuned on 4,000; corrupted: 500 test images",
-            IMAGES_10000, "cifar10", 3, 30, CORE, "fixup-10000", CHOSEN,
+            IMAGES_10000, "cifar10", 3, 50, CORE, "fixup-10000", CHOSEN,
         ),
     },
     FIXUP_NOTE,
