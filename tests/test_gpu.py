@@ -131,9 +131,7 @@ def test_compiled_on_a_gpu(norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_spread_batch_norm_is_batch_norm(dtype):
     """With one process: output, gradients and running statistics are those of torch in double
-    precision, to the rounding of their own type. The host never waits.
-
-    cuDNN's kernel for fp16, which torch takes, is no reference: its sums are less exact."""
+    precision, to the rounding of their own type. The host never waits."""
     x, grad = torch.randn(2, 32, 16, 8, 8, device="cuda").to(dtype).unbind()
     affine = torch.rand(2, 16, device="cuda") + 0.5
     found = []

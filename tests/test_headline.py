@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -980,3 +981,29 @@ def test_few_points_are_no_figure(tmp_path):
     content = {"rows": rows, "title": "T", "chart": ["c", "r"]}
     assert not headline_report.draw(content, tmp_path / "x.svg")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "values, cell",
+    [([12.3456, 0.5], "12.35"), ([9255.48, 1.0], "9255"), ([691000.5, 0.0], "6.91e+05"),
+     ([0.00071, 0.2], "0.00071"), ([12.3456, 0.0], "12.35")],
+)  # fmt: skip
+def test_large_and_small_numbers_keep_four_digits(values, cell):
+    """0.00 would hide a small one. An exact zero is no small number."""
+    row = {"paper": {}, "failed": {}}
+    rows = [row | {"row": str(i), "seeds": {"0": {"c": v}}} for i, v in enumerate(values)]
+    lines, _ = headline_report.lines_of({"rows": rows, "columns": ["c"]})
+    assert lines[0][1] == cell
+
+
+def test_10000_images_have_what_was_tuned_on_4000():
+    """CHOSEN against the choices of every seed in the published file: that of most of them."""
+    path = run.ROOT / "eval" / "results" / "headline_fixup-penalty_small.json"
+    for row in json.loads(path.read_text())["rows"]:
+        found = [choice for about in row["trained"].values() for choice in about["tuned"]]
+        options = [
+            " ".join(f"--{key.replace('_', '-')} {choice[key]}" for key in
+                     ("lr", "penalty_weight", "dropout") if key in choice)
+            for choice in found
+        ]  # fmt: skip
+        assert len(options) == 3 and statistics.mode(options) == headline_tables.CHOSEN[row["row"]]
