@@ -274,6 +274,27 @@ def test_signal(whole, tmp_path, monkeypatch, capsys, own_signals, name, number)
     assert same(weights(tmp_path / "r" / file), weights(whole[name] / file))
 
 
+def test_ctrl_c_that_ends_tee_too_still_tells_how_to_go_on(
+    tmp_path, monkeypatch, capsys, own_signals
+):
+    """`| tee log` is gone at once, and with it stdout: the line stands on stderr then."""
+    with monkeypatch.context() as patch:
+        reader, writer = os.pipe()
+        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+
+        def ctrl_c():
+            os.close(reader)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        at_step(patch, 4, ctrl_c)
+        with pytest.raises(SystemExit) as end:
+            run.cli(lambda out: train_ct(out), lambda: tmp_path / "r")
+    assert end.value.code == 75
+    printed = capsys.readouterr().err
+    assert printed.count("SIGINT: stopped after step 5 of 9 of") == 1
+    assert "--resume auto" in printed
+
+
 def test_signal_between_loops(tmp_path, monkeypatch, capsys, own_signals):
     """While the final table is made all is saved: it stops at once, and a second start makes it."""
     with monkeypatch.context() as patch:

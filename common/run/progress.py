@@ -11,10 +11,11 @@ from common.run.device import rank
 
 class Lasting:
     """A text stream that outlives its reader. `| head`, a closed terminal or a full device never
-    end a run: what cannot be written is dropped, and so is all that follows."""
+    end a run: what cannot be written is dropped, and so is all that follows. `lost` tells."""
 
     def __init__(self, stream):
         self._stream = stream
+        self.lost = False
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
 
@@ -35,6 +36,7 @@ class Lasting:
             self._drop()
 
     def _drop(self):
+        self.lost = True
         with contextlib.suppress(Exception):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

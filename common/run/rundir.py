@@ -385,7 +385,10 @@ class RunDir:
         self._end()
         status = TRY_AGAIN if world() == 1 else 0
         how = "" if status else ", not finished, exit status 0 as under torchrun"
-        print(f"\n{reason}: stopped {where}{how}; go on with\n  {command_to_resume()}", flush=True)
+        text = f"\n{reason}: stopped {where}{how}; go on with\n  {command_to_resume()}"
+        print(text, flush=True)
+        if getattr(sys.stdout, "lost", False):  # Ctrl-C ends a `| tee` too, and before this
+            print(text, file=sys.stderr, flush=True)
         sys.exit(status)
 
 
