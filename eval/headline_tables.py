@@ -407,6 +407,23 @@ NOFROST = Table(
     "start), 1 without attack. Averaged weights: --ema 0.999.",
 )  # fmt: skip
 
+# The same networks with all training images, and twice the test images.
+_SMALL = NOFROST.scales["small"]
+NOFROST_50000 = NOFROST._replace(
+    title="NoFrost's trade-off, trained on all of CIFAR-10",
+    scales={
+        "small": _SMALL._replace(
+            size="WRN-10-1, 50,000 images, 10 epochs, PGD-7, rate 0.3 and batch 32 for all; 1,000 "
+            "test images",
+            minutes=450,
+            runs={f"{name}-50000": command.replace(" --limit 20000", "")
+                  for name, command in _SMALL.runs.items()},
+            evaluations=attacks_of(1000),
+            rows=tuple(row._replace(run=f"{row.run}-50000") for row in _SMALL.rows),
+        )
+    },
+)  # fmt: skip
+
 # --- Fixup and the penalty -----------------------------------------------------------------------
 
 VARIANTS = ("none", "none+penalty", "fixup", "fixup+penalty", "none+dropout", "bn")
@@ -574,6 +591,7 @@ TABLES = {
     "ct-in9": IN9,
     "ct-imagenet-c": CT_IMAGENET,
     "nofrost": NOFROST,
+    "nofrost-50000": NOFROST_50000,
     "fixup-penalty": FIXUP_PENALTY,
     "fixup-penalty-10000": FIXUP_10000,
     "fixup-penalty-10000-tuned": FIXUP_10000_TUNED,
